@@ -1,0 +1,1 @@
+"""Number formats, rounding, and the IntegerProgram: numbers only, no traced graphs and no compiler."""

@@ -1,0 +1,1 @@
+"""The IntegerProgram: its definition, verifier, reference interpreter and file format."""

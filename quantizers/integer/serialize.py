@@ -1,0 +1,96 @@
+"""An IntegerProgram as two files: ``program.json`` (structure) and ``program.safetensors`` (constants).
+
+The same program gives the same bytes: keys are sorted and nothing depends on time or machine. Reading
+trusts nothing: an unknown key, a missing constant or a broken rule is an error that names it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from quantizers.errors import ArtifactError
+from quantizers.integer.program import Attribute, IntegerProgram, Node, TensorType
+from quantizers.integer.verify import verify
+
+FORMAT_VERSION = 1
+_PROGRAM_KEYS = {"format_version", "inputs", "nodes", "outputs"}
+_NODE_KEYS = {"name", "op", "inputs", "attributes", "dtype", "shape", "source"}
+
+
+def program_to_bytes(program: IntegerProgram) -> tuple[bytes, bytes]:
+    """Return the JSON and the safetensors bytes of a program."""
+    structure = {
+        "format_version": FORMAT_VERSION,
+        "inputs": [{"name": n, "dtype": t.dtype, "shape": list(t.shape)} for n, t in program.inputs],
+        "nodes": [
+            {
+                "name": node.name,
+                "op": node.op,
+                "inputs": list(node.inputs),
+                "attributes": {k: list(v) if isinstance(v, tuple) else v for k, v in node.attributes.items()},
+                "dtype": node.type.dtype,
+                "shape": list(node.type.shape),
+                "source": node.source,
+            }
+            for node in program.nodes
+        ],
+        "outputs": [{"name": name, "value": value} for name, value in program.outputs],
+    }
+    arrays = {name: np.ascontiguousarray(array) for name, array in sorted(program.constants.items())}
+    return (json.dumps(structure, indent=1, sort_keys=True) + "\n").encode(), safetensors.numpy.save(arrays)
+
+
+def program_from_bytes(structure: bytes, constants: bytes) -> IntegerProgram:
+    """Rebuild and verify a program.
+
+    Raises:
+        ArtifactError: the bytes are not a program of this format version.
+        ProgramError: the program breaks a rule of the contract.
+    """
+    try:
+        document = json.loads(structure)
+        arrays: Mapping[str, npt.NDArray[np.generic]] = safetensors.numpy.load(constants)
+    except (ValueError, SafetensorError) as error:
+        raise ArtifactError(f"the program cannot be read: {error}; export or quantize it again") from error
+    _expect_keys("program", document, _PROGRAM_KEYS)
+    if document["format_version"] != FORMAT_VERSION:
+        raise ArtifactError(
+            f"the program has format version {document['format_version']}, this version reads {FORMAT_VERSION}"
+        )
+    for node in document["nodes"]:
+        _expect_keys("node", node, _NODE_KEYS)
+    program = IntegerProgram(
+        inputs=tuple((i["name"], TensorType(i["dtype"], tuple(i["shape"]))) for i in document["inputs"]),
+        constants=dict(sorted(arrays.items())),
+        nodes=tuple(_node(node) for node in document["nodes"]),
+        outputs=tuple((o["name"], o["value"]) for o in document["outputs"]),
+    )
+    verify(program)
+    return program
+
+
+def _node(entry: dict[str, Any]) -> Node:
+    attributes: dict[str, Attribute] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in entry["attributes"].items()
+    }
+    return Node(
+        name=entry["name"],
+        op=entry["op"],
+        inputs=tuple(entry["inputs"]),
+        attributes=attributes,
+        type=TensorType(entry["dtype"], tuple(entry["shape"])),
+        source=entry["source"],
+    )
+
+
+def _expect_keys(what: str, entry: object, expected: set[str]) -> None:
+    if not isinstance(entry, dict) or set(entry) != expected:
+        found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
+        raise ArtifactError(f"{what}: expected the keys {sorted(expected)}, found {found}")
