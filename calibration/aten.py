@@ -468,7 +468,7 @@ def _is_scalar(x: Any) -> bool:
 def _add(c: Converter, a: Any, b: Any, alpha: float = 1) -> Value:
     if isinstance(b, Value) and alpha != 1:
         b = Value(c.emit("scale", (b.name,), b.shape, factor=float(alpha)), b.shape, b.layout)
-    elif not isinstance(b, Value):
+    elif alpha != 1:
         b = b * alpha
     layout, _ = c.result()
     return c.value("add", (c.operand(a, layout), c.operand(b, layout)))

@@ -1,0 +1,5 @@
+"""From a calibrated graph to an IntegerProgram."""
+
+from calibration.integerize.lowering import integerize
+
+__all__ = ["integerize"]

@@ -1,0 +1,90 @@
+"""Recipes: an ordered list of rules, each from a pattern of sites to a spec. The first match wins."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from calibration.sites import SITE_KINDS, Site
+from quantizers.errors import RecipeError
+from quantizers.spec import QuantSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Where and how.
+
+    Args:
+        spec: how to quantize the sites that match.
+        kind: shell pattern on the kind of a site, for example ``query`` or ``*_input``.
+        name: shell pattern on its name, for example ``blocks.0.*``.
+        optional: whether the rule may match nothing; presets serve models that lack some kinds.
+    """
+
+    spec: QuantSpec
+    kind: str = "*"
+    name: str = "*"
+    optional: bool = False
+
+    def matches(self, site: Site) -> bool:
+        """Whether the rule applies to a site."""
+        return fnmatchcase(site.kind, self.kind) and fnmatchcase(site.name, self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A named, ordered list of rules."""
+
+    name: str
+    rules: tuple[Rule, ...]
+
+
+#: Widths that the integer operators read at each kind; everything else is a mistake in a recipe.
+_WIDE_KINDS = frozenset({"residual", "constant", "output"})
+
+
+def assign_specs(sites: Sequence[Site], recipe: Recipe) -> dict[str, QuantSpec]:
+    """Return the spec of each site by name.
+
+    Raises:
+        RecipeError: a site without a rule, a rule that matched nothing, or a spec that the site cannot have.
+    """
+    assigned: dict[str, QuantSpec] = {}
+    used: set[int] = set()
+    for site in sites:
+        index = next((i for i, rule in enumerate(recipe.rules) if rule.matches(site)), None)
+        if index is None:
+            raise RecipeError(
+                f"recipe {recipe.name}: no rule matches site {site.name} ({site.kind}); add a last rule for kind '*'"
+            )
+        # A rule that only repeats an earlier match still matched something.
+        used.update(i for i, rule in enumerate(recipe.rules) if rule.matches(site))
+        spec = recipe.rules[index].spec
+        _require_possible(recipe, site, spec)
+        assigned[site.name] = spec
+    for index, rule in enumerate(recipe.rules):
+        if index not in used and not rule.optional:
+            raise RecipeError(_unmatched(recipe, rule, index, sites))
+    return assigned
+
+
+def _require_possible(recipe: Recipe, site: Site, spec: QuantSpec) -> None:
+    where = f"recipe {recipe.name}: site {site.name} ({site.kind})"
+    if (spec.granularity == "channel") != (site.kind == "weight"):
+        expected = "channel" if site.kind == "weight" else "tensor"
+        raise RecipeError(f"{where} needs granularity {expected!r}, the rule says {spec.granularity!r}")
+    if site.kind == "weight" and not spec.symmetric:
+        raise RecipeError(f"{where} needs symmetric weights; the integer kernels have no row sums of activations")
+    if spec.bits > 8 and site.kind not in _WIDE_KINDS:
+        raise RecipeError(f"{where} can have 2 to 8 bits, the rule says {spec.bits}")
+
+
+def _unmatched(recipe: Recipe, rule: Rule, index: int, sites: Sequence[Site]) -> str:
+    if rule.name != "*":
+        close = difflib.get_close_matches(rule.name, [site.name for site in sites], n=3, cutoff=0.3)
+        hint = f"close site names: {', '.join(close)}" if close else "see the site names with 'ptq inspect'"
+    else:
+        hint = f"kinds in this model: {', '.join(sorted({site.kind for site in sites}))}; all: {', '.join(SITE_KINDS)}"
+    return f"recipe {recipe.name}: rule {index + 1} (kind {rule.kind!r}, name {rule.name!r}) matched no site; {hint}"

@@ -1,0 +1,81 @@
+"""Range searches: from statistics or weights to the parameters of a uniform quantizer."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from calibration.statistics import Histogram
+from quantizers.spec import QuantSpec
+from quantizers.uniform import UniformQParams, fake_quantize, qparams_from_range
+
+#: Candidate ranges as shares of the full one. The full range is last and ties go to the larger.
+_ACTIVATION_SHARES = tuple(i / 100 for i in range(5, 101))
+_WEIGHT_SHARES = tuple(i / 100 for i in range(30, 101, 2))
+
+
+def search_activation(stats: Histogram, spec: QuantSpec) -> UniformQParams:
+    """Choose the parameters of an activation by ``spec.search``.
+
+    ``minmax`` takes the extremes, ``percentile`` the range that holds that share of the values, ``mse``
+    the share of the full range with the least mean squared error on the histogram.
+    """
+    if spec.search == "percentile":
+        return qparams_from_range(*_percentile_range(stats, spec), spec)
+    if spec.search == "mse":
+        errors = [histogram_error(stats, _shrunk(stats, share, spec)) for share in _ACTIVATION_SHARES]
+        return _shrunk(stats, _ACTIVATION_SHARES[_last_best(np.asarray(errors))], spec)
+    return qparams_from_range(stats.low, stats.high, spec)
+
+
+def histogram_error(stats: Histogram, qparams: UniformQParams) -> float:
+    """Return the mean squared quantization error over the bins' centres."""
+    centers, counts = stats.centers(), stats.counts.numpy()
+    scale = qparams.scale[0]
+    codes = np.clip(np.rint(centers / scale) + qparams.zero_point, qparams.qmin, qparams.qmax)
+    error = (codes - qparams.zero_point) * scale - centers
+    return float((error * error * counts).sum() / max(stats.count, 1))
+
+
+def search_weight(weight: Tensor, spec: QuantSpec) -> UniformQParams:
+    """Choose one scale per output channel of a weight (N, ...), by extremes or by mean squared error.
+
+    ``percentile`` means the extremes here: a row has too few entries for percentiles to differ.
+    """
+    rows = weight.reshape(weight.shape[0], -1)
+    peak = rows.abs().amax(1)
+    if spec.search != "mse":
+        return qparams_from_range(-peak.numpy(), peak.numpy(), spec)
+    best_error, best_peak = torch.full_like(peak, float("inf")), peak
+    for share in _WEIGHT_SHARES:
+        limit = peak * share
+        candidate = qparams_from_range(-limit.numpy(), limit.numpy(), spec)
+        error = (fake_quantize(rows, candidate) - rows).square().sum(1)
+        better = error <= best_error
+        best_error, best_peak = torch.where(better, error, best_error), torch.where(better, limit, best_peak)
+    return qparams_from_range(-best_peak.numpy(), best_peak.numpy(), spec)
+
+
+def _shrunk(stats: Histogram, share: float, spec: QuantSpec) -> UniformQParams:
+    return qparams_from_range(stats.low * share, stats.high * share, spec)
+
+
+def _last_best(errors: npt.NDArray[np.float64]) -> int:
+    return int(len(errors) - 1 - np.argmin(errors[::-1]))
+
+
+def _percentile_range(stats: Histogram, spec: QuantSpec) -> tuple[float, float]:
+    centers, counts = stats.centers(), stats.counts.numpy().astype(np.float64)
+    half_bin = (centers[1] - centers[0]) / 2
+    share = spec.percentile / 100
+    if spec.symmetric:
+        order = np.argsort(np.abs(centers), kind="stable")
+        position = np.searchsorted(np.cumsum(counts[order]), share * stats.count)
+        limit = float(np.abs(centers[order][min(position, len(order) - 1)]) + half_bin)
+        return max(stats.low, -limit), min(stats.high, limit)
+    cumulative, tail = np.cumsum(counts), (1 - share) / 2 * stats.count
+    low = centers[min(int(np.searchsorted(cumulative, tail)), len(centers) - 1)] - half_bin
+    high = centers[min(int(np.searchsorted(cumulative, stats.count - tail)), len(centers) - 1)] + half_bin
+    return max(stats.low, float(low)), min(stats.high, float(high))

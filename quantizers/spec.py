@@ -1,0 +1,44 @@
+"""QuantSpec: how a tensor is quantized, without a word about where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quantizers.errors import UsageError
+
+SEARCHES = ("minmax", "percentile", "mse")
+GRANULARITIES = ("tensor", "channel")
+#: Widths of codes that matrix products and tables read; 16 is the residual stream's.
+MIN_BITS, MAX_BITS, WIDE_BITS = 2, 8, 16
+
+
+@dataclass(frozen=True, slots=True)
+class QuantSpec:
+    """How to quantize one tensor.
+
+    Args:
+        bits: 2 to 8, or 16; a tensor gets exactly ``2^bits`` codes (weights one less, to be symmetric).
+        symmetric: zero point 0.
+        granularity: ``tensor``: scale of shape (); ``channel``: weights of shape (N, ...) get scales (N,).
+        search: how the range is found: ``minmax``, ``percentile`` or ``mse``.
+        percentile: share of values inside the range, percent; read by ``percentile`` only.
+
+    Raises:
+        UsageError: a value outside its range.
+    """
+
+    bits: int
+    symmetric: bool = True
+    granularity: str = "tensor"
+    search: str = "minmax"
+    percentile: float = 99.99
+
+    def __post_init__(self) -> None:
+        if not (MIN_BITS <= self.bits <= MAX_BITS or self.bits == WIDE_BITS):
+            raise UsageError(f"bits is {self.bits}, expected {MIN_BITS} to {MAX_BITS}, or {WIDE_BITS} for residuals")
+        if self.search not in SEARCHES:
+            raise UsageError(f"search is {self.search!r}, expected one of {', '.join(SEARCHES)}")
+        if self.granularity not in GRANULARITIES:
+            raise UsageError(f"granularity is {self.granularity!r}, expected one of {', '.join(GRANULARITIES)}")
+        if not 50 < self.percentile <= 100:
+            raise UsageError(f"percentile is {self.percentile}, expected more than 50 and at most 100")
