@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantizers.errors import DataError
+from quantizers.integer.inputs import check_finite, check_inputs
 from quantizers.integer.ops import LAYER_NORM_FRACTION_BITS
 from quantizers.integer.program import INTEGER_RANGES, IntegerProgram, Node
 from quantizers.rounding import round_half_even
@@ -47,35 +47,16 @@ def interpret(program: IntegerProgram, *inputs: Tensor) -> tuple[Tensor, ...]:
 
 def run(program: IntegerProgram, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
     """Run a program and return every value by name, constants included (they have batch extent 1)."""
-    check_inputs(program, [(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in inputs])
+    check_inputs(program.inputs, [(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in inputs])
     values: dict[str, Tensor] = {
         name: torch.from_numpy(np.array(array))[None] for name, array in program.constants.items()
     }
     for (name, _), tensor in zip(program.inputs, inputs, strict=True):
-        if not bool(torch.isfinite(tensor).all()):
-            raise DataError(f"input {name} holds NaN or infinity; integer codes need finite images")
+        check_finite(name, finite=bool(torch.isfinite(tensor).all()))
         values[name] = tensor
     for node in program.nodes:
         values[node.name] = INTERPRETERS[node.op](node, *(values[name] for name in node.inputs))
     return values
-
-
-def check_inputs(program: IntegerProgram, given: Sequence[tuple[tuple[int, ...], str]]) -> None:
-    """Compare shapes (with batch axis) and dtypes of the given inputs with the program's.
-
-    Raises:
-        DataError: count, dtype or shape differs, or the batches are empty or unequal.
-    """
-    if len(given) != len(program.inputs):
-        raise DataError(f"the program takes {len(program.inputs)} inputs, got {len(given)}")
-    for (name, kind), (shape, dtype) in zip(program.inputs, given, strict=True):
-        if dtype != kind.dtype or shape[1:] != kind.shape or not shape or shape[0] < 1:
-            raise DataError(
-                f"input {name}: expected {kind.dtype} of shape (batch >= 1, {', '.join(map(str, kind.shape))}), "
-                f"got {dtype} of shape {shape}"
-            )
-    if len({shape[0] for shape, _ in given}) > 1:
-        raise DataError(f"inputs must have one batch size, got {[shape[0] for shape, _ in given]}")
 
 
 def integer_sqrt(value: Tensor) -> Tensor:
@@ -87,6 +68,12 @@ def integer_sqrt(value: Tensor) -> Tensor:
         rest = torch.where(fits, rest - trial, rest)
         root = torch.where(fits, (root >> 1) + (1 << bit), root >> 1)
     return root
+
+
+def _align(value: Tensor, node: Node) -> Tensor:
+    """Insert axes after the batch: shapes of samples, not of batches, broadcast from the right."""
+    missing = len(node.type.shape) + 1 - value.ndim
+    return value.reshape(value.shape[0], *(1,) * missing, *value.shape[1:])
 
 
 def _saturate(value: Tensor, node: Node) -> Tensor:
@@ -121,7 +108,8 @@ def _matmul(node: Node, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _multiply(node: Node, a: Tensor, b: Tensor) -> Tensor:
-    return (a.to(torch.int32) - node.integer("zero_point_a")) * (b.to(torch.int32) - node.integer("zero_point_b"))
+    left = _align(a, node).to(torch.int32) - node.integer("zero_point_a")
+    return left * (_align(b, node).to(torch.int32) - node.integer("zero_point_b"))
 
 
 def _requantize(node: Node, x: Tensor, multiplier: Tensor) -> Tensor:
@@ -130,8 +118,8 @@ def _requantize(node: Node, x: Tensor, multiplier: Tensor) -> Tensor:
 
 
 def _add(node: Node, a: Tensor, b: Tensor, multiplier_a: Tensor, multiplier_b: Tensor) -> Tensor:
-    left = (a.to(torch.int64) - node.integer("zero_point_a")) * multiplier_a[0].to(torch.int64)
-    right = (b.to(torch.int64) - node.integer("zero_point_b")) * multiplier_b[0].to(torch.int64)
+    left = (_align(a, node).to(torch.int64) - node.integer("zero_point_a")) * multiplier_a[0].to(torch.int64)
+    right = (_align(b, node).to(torch.int64) - node.integer("zero_point_b")) * multiplier_b[0].to(torch.int64)
     return _saturate(_shift_round(left + right, node), node)
 
 

@@ -1,0 +1,1 @@
+"""CPU kernels, one emitter for each operator of the contract."""

@@ -1,0 +1,88 @@
+"""A thin frame around TVM's IRBuilder: arguments with a dynamic leading extent, and whole-row loops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from quantizers.integer.program import Node
+from tvm_backend.imports import import_tvm
+from tvm_backend.kernels.kernel import Argument, Array, Kernel, Layout, Operand
+
+Expr = Any
+Buffer = Any
+
+
+def script() -> Any:
+    """Return TVM's ``script.ir_builder.tirx``, the vocabulary in which kernels are written."""
+    return import_tvm("tvm.script.ir_builder.tirx")
+
+
+class Function:
+    """Collects the arguments of one kernel while its body is written.
+
+    Args:
+        node: names the kernel and gives the element type of the result.
+        operands: operands of the node.
+        layout: layout of the result.
+        dtype: element type of the result, if not the node's.
+    """
+
+    def __init__(self, node: Node, operands: Sequence[Operand], layout: Layout, dtype: str | None = None) -> None:
+        self._operands = operands
+        self._layout = layout
+        self._arguments: list[Argument | Array] = []
+        self._dtype = dtype or node.type.dtype
+        self._name = node.op
+        self._function: Any = None
+        self._builder: Any = None
+        self.batched = any(operand.batched for operand in operands)
+        #: Leading extent of the result: ``batch * layout.rows``.
+        self.rows: Expr = self._extent("m") if self.batched else script().int64(layout.rows)
+
+    def _extent(self, name: str) -> Expr:
+        return import_tvm("tvm.tirx").Var(name, "int64")
+
+    def value(self, index: int, layout: Layout) -> Buffer:
+        """Declare operand ``index`` as an argument of shape ``(batch * layout.rows, *layout.tail)``."""
+        operand = self._operands[index]
+        if not operand.batched:
+            rows = layout.rows
+        elif layout.rows == self._layout.rows:
+            rows = self.rows
+        else:
+            rows = self._extent(f"m{index}")
+        self._arguments.append(Argument(index, layout))
+        return self._argument((rows, *layout.tail), operand.type.dtype)
+
+    def constant(self, array: Array) -> Buffer:
+        """Declare a prepared constant as an argument."""
+        contiguous = np.ascontiguousarray(array)
+        self._arguments.append(contiguous)
+        return self._argument(contiguous.shape, contiguous.dtype.name)
+
+    def _argument(self, shape: Sequence[Expr], dtype: str) -> Buffer:
+        return script().arg(f"a{len(self._arguments)}", script().Buffer(tuple(shape), dtype))
+
+    def result(self) -> Buffer:
+        """Declare the result, after all other arguments."""
+        return script().arg("result", script().Buffer((self.rows, *self._layout.tail), self._dtype))
+
+    @contextmanager
+    def body(self) -> Iterator[None]:
+        """Open the function; arguments and statements belong inside."""
+        tirx = script()
+        with import_tvm("tvm.script.ir_builder").IRBuilder() as builder:
+            with tirx.prim_func(s_tir=True):
+                tirx.func_name(self._name)
+                # Values of an SSA program never share memory with a result.
+                tirx.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+                yield
+            self._function = builder.get()
+
+    def kernel(self) -> Kernel:
+        """Return the finished kernel."""
+        return Kernel(self._function, tuple(self._arguments), self._layout)

@@ -1,0 +1,69 @@
+"""Softmax in integers: exponentials by table, their row sums, and one division a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from quantizers.integer.program import INTEGER_RANGES, Node
+from tvm_backend.imports import import_tvm
+from tvm_backend.kernels.cpu.arithmetic import cast, literal, saturate, shift_round
+from tvm_backend.kernels.cpu.function import Function, script
+from tvm_backend.kernels.kernel import Kernel, Layout, Operand
+from tvm_backend.targets import CpuTarget
+
+
+def emit_exponentials(node: Node, operands: Sequence[Operand], _target: CpuTarget) -> Kernel:
+    """``table[max over the row - x]``."""
+    tirx = script()
+    x, table = operands
+    layout = Layout.matrix(x.type.shape)
+    function = Function(node, operands, layout)
+    with function.body():
+        codes, entries = function.value(0, layout), function.constant(table.constant())
+        result = function.result()
+        with tirx.parallel(function.rows) as row:
+            largest = tirx.sblock_alloc_buffer((1,), "int32", scope="local")
+            tirx.buffer_store(largest, literal(INTEGER_RANGES[x.type.dtype][0], "int32"), [0])
+            with tirx.serial(layout.tail[0]) as column:
+                tirx.buffer_store(largest, tirx.max(largest[0], cast(codes[row, column], "int32")), [0])
+            with tirx.serial(layout.tail[0]) as column:
+                distance = largest[0] - cast(codes[row, column], "int32")
+                tirx.buffer_store(result, entries[distance], [row, column])
+    return function.kernel()
+
+
+def emit_row_sum(node: Node, operands: Sequence[Operand], _target: CpuTarget) -> Kernel:
+    """Sum over the last axis, int32."""
+    tirx = script()
+    source = Layout.matrix(operands[0].type.shape)
+    function = Function(node, operands, Layout.matrix(node.type.shape))
+    with function.body():
+        x = function.value(0, source)
+        result = function.result()
+        with tirx.parallel(function.rows) as row:
+            total = tirx.sblock_alloc_buffer((1,), "int32", scope="local")
+            tirx.buffer_store(total, literal(0, "int32"), [0])
+            with tirx.serial(source.tail[0]) as column:
+                tirx.buffer_store(total, total[0] + cast(x[row, column], "int32"), [0])
+            tirx.buffer_store(result, total[0], [row, 0])
+    return function.kernel()
+
+
+def emit_normalize_rows(node: Node, operands: Sequence[Operand], _target: CpuTarget) -> Kernel:
+    """``saturate((x (numerator // sum) + 2^(shift-1)) >> shift)``."""
+    tirx = script()
+    layout = Layout.matrix(node.type.shape)
+    function = Function(node, operands, layout)
+    with function.body():
+        x, total = function.value(0, layout), function.value(1, Layout.matrix(operands[1].type.shape))
+        result = function.result()
+        with tirx.parallel(function.rows) as row:
+            reciprocal = tirx.sblock_alloc_buffer((1,), "int64", scope="local")
+            numerator = literal(node.integer("numerator"), "int64")
+            # Both are positive, where truncation is the floor.
+            quotient = import_tvm("tvm.tirx").truncdiv(numerator, cast(total[row, 0], "int64"))
+            tirx.buffer_store(reciprocal, quotient, [0])
+            with tirx.serial(layout.tail[0]) as column:
+                scaled = shift_round(cast(x[row, column], "int64") * reciprocal[0], node.integer("shift"))
+                tirx.buffer_store(result, saturate(scaled, node), [row, column])
+    return function.kernel()

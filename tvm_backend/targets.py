@@ -1,0 +1,128 @@
+"""CPU targets: what LLVM compiles for, and what a processor must offer to run the result."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from quantizers.errors import TargetError
+from tvm_backend.imports import import_tvm
+
+NATIVE = "native"
+
+
+@dataclass(frozen=True, slots=True)
+class CpuTarget:
+    """An instruction set.
+
+    Args:
+        name: public name.
+        arch: ``platform.machine()`` of processors that can run it.
+        mcpu: LLVM's processor name.
+        mattr: LLVM features on top of it.
+        features: flags, as Linux names them in /proc/cpuinfo, without which the code would not run.
+        vnni: whether kernels may use the 512-bit u8 x s8 dot product.
+    """
+
+    name: str
+    arch: str
+    mcpu: str
+    mattr: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
+    vnni: bool = False
+
+    def to_tvm(self) -> Any:
+        """Return the ``tvm.target.Target``."""
+        tvm = import_tvm()
+        options: dict[str, object] = {
+            "kind": "llvm",
+            "mtriple": f"{self.arch}-unknown-linux-gnu",
+            "mcpu": self.mcpu,
+            "opt-level": 3,
+        }
+        if self.mattr:
+            options["mattr"] = list(self.mattr)
+        return tvm.target.Target(options)
+
+
+_AVX2 = ("avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "abm")
+_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+
+#: Weakest first: ``native`` is the last one that the machine can run.
+TARGETS: Mapping[str, CpuTarget] = MappingProxyType(
+    {
+        "x86-64": CpuTarget("x86-64", "x86_64", "x86-64"),
+        "x86-64-avx2": CpuTarget("x86-64-avx2", "x86_64", "x86-64-v3", (), _AVX2),
+        "x86-64-avx512-vnni": CpuTarget(
+            "x86-64-avx512-vnni",
+            "x86_64",
+            "x86-64-v4",
+            # LLVM's model of this level avoids 512-bit registers, for processors that slow down under them.
+            ("+avx512vnni", "-prefer-256-bit"),
+            (*_AVX512, "avx512_vnni"),
+            vnni=True,
+        ),
+    }
+)
+
+
+def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """Return the flags of this machine's processor; empty where the system does not list them."""
+    try:
+        text = cpuinfo.read_text()
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def get_target(name: str) -> CpuTarget:
+    """Return a target of the table, or the best one for this machine where the name is ``native``.
+
+    Raises:
+        TargetError: no such target, or ``native`` on a processor that no target fits.
+    """
+    if name in TARGETS:
+        return TARGETS[name]
+    if name != NATIVE:
+        raise TargetError(f"unknown target {name!r}; known targets are {NATIVE}, {', '.join(TARGETS)}")
+    arch, features = platform.machine(), cpu_features()
+    fitting = [t for t in TARGETS.values() if t.arch == arch and features.issuperset(t.features)]
+    if not fitting:
+        raise TargetError(f"no target fits this machine, whose architecture is {arch}; known are {', '.join(TARGETS)}")
+    return fitting[-1]
+
+
+def check_runnable(
+    name: str, arch: str, required: tuple[str, ...], features: Set[str] | None = None, machine: str | None = None
+) -> None:
+    """Refuse a bundle that this machine cannot run.
+
+    Args:
+        name: the bundle's target.
+        arch: its architecture.
+        required: the CPU features it needs.
+        features: what the processor offers; detected if not given.
+        machine: this machine's architecture; detected if not given.
+
+    Raises:
+        TargetError: another architecture, or missing features.
+    """
+    machine = platform.machine() if machine is None else machine
+    if arch != machine:
+        raise TargetError(
+            f"the bundle was built for {arch} (target {name}), this machine is {machine}; build it again here"
+        )
+    missing = [flag for flag in required if flag not in (cpu_features() if features is None else features)]
+    if missing:
+        raise TargetError(
+            f"the bundle was built for an instruction set that this CPU lacks (target {name}): "
+            f"missing {', '.join(missing)}; build it again with target {NATIVE} on this machine"
+        )
