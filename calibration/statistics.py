@@ -58,7 +58,8 @@ def update(stats: Histogram, values: Tensor) -> Histogram:
         needed = max(int(np.frexp(peak)[1]) - _HALF.bit_length() + 1, -126)
         exponent = needed if exponent is None else max(exponent, needed)
     counts = _coarsen(stats.counts, (exponent or 0) - (stats.exponent if stats.exponent is not None else exponent or 0))
-    index = (values.reshape(-1) * 2.0 ** -(exponent or 0)).floor().to(torch.int64) + _HALF
+    # In float32 the quotient of a tiny negative value could underflow to zero, which lies in the next bin.
+    index = (values.reshape(-1).to(torch.float64) * 2.0 ** -(exponent or 0)).floor().to(torch.int64) + _HALF
     counts = counts + torch.bincount(index, minlength=2 * _HALF)
     return Histogram(stats.count + values.numel(), min(stats.low, low), max(stats.high, high), exponent, counts)
 
