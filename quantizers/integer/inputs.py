@@ -8,9 +8,7 @@ from quantizers.errors import DataError
 from quantizers.integer.program import TensorType
 
 
-def check_inputs(
-    expected: Sequence[tuple[str, TensorType]], given: Sequence[tuple[tuple[int, ...], str]]
-) -> None:
+def check_inputs(expected: Sequence[tuple[str, TensorType]], given: Sequence[tuple[tuple[int, ...], str]]) -> None:
     """Compare shapes (with batch axis) and dtypes of the given inputs with a program's.
 
     Raises:

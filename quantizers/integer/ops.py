@@ -67,9 +67,7 @@ OPS: Mapping[str, OpSignature] = MappingProxyType(
         "matmul": OpSignature(("a", "b"), (), (*_OPERAND_ZEROS, "transpose_b")),
         "multiply": OpSignature(("a", "b"), (), _OPERAND_ZEROS),
         "requantize": OpSignature(("x",), ("multiplier",), ("input_zero_point", "shift", *_SATURATE)),
-        "add": OpSignature(
-            ("a", "b"), ("multiplier_a", "multiplier_b"), (*_OPERAND_ZEROS, "shift", *_SATURATE)
-        ),
+        "add": OpSignature(("a", "b"), ("multiplier_a", "multiplier_b"), (*_OPERAND_ZEROS, "shift", *_SATURATE)),
         "lookup": OpSignature(("x",), ("table",)),
         "exponentials": OpSignature(("x",), ("table",)),
         "row_sum": OpSignature(("x",)),

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,11 @@ INTEGER_RANGES: Mapping[str, tuple[int, int]] = MappingProxyType(
         "int64": (-(2**63), 2**63 - 1),
     }
 )
+
+
+def _is_integer(value: object) -> TypeGuard[int]:
+    # Equal programs have equal bytes, so that a bool, which equals 0 or 1 but is written otherwise, is refused.
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,23 +75,23 @@ class Node:
     def integer(self, key: str) -> int:
         """Return an integer attribute."""
         value = self.attributes[key]
-        if not isinstance(value, int):
+        if not _is_integer(value):
             raise TypeError(f"{self.op} {self.name}: attribute {key} is {value!r}, expected an integer")
         return value
 
     def integers(self, key: str) -> tuple[int, ...]:
         """Return an attribute that is a tuple of integers."""
         value = self.attributes[key]
-        if not isinstance(value, tuple):
+        if not isinstance(value, tuple) or not all(_is_integer(element) for element in value):
             raise TypeError(f"{self.op} {self.name}: attribute {key} is {value!r}, expected a tuple of integers")
         return value
 
     def real(self, key: str) -> float:
         """Return an attribute that is a real number (doors only)."""
         value = self.attributes[key]
-        if not isinstance(value, int | float):
-            raise TypeError(f"{self.op} {self.name}: attribute {key} is {value!r}, expected a number")
-        return float(value)
+        if not isinstance(value, float):
+            raise TypeError(f"{self.op} {self.name}: attribute {key} is {value!r}, expected a real number such as 1.0")
+        return value
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from quantizers.integer.program import INTEGER_RANGES, Node, TensorType
 
 _INT64_MAX = 2**63 - 1
 _BYTES = ("int8", "uint8")
+#: Element types of values; int64 is for the constants and the inside of operators only.
+_VALUES = ("int8", "uint8", "int16", "int32")
 
 
 def fail(node: Node, message: str) -> ProgramError:
@@ -46,7 +48,16 @@ def _require_dtype(node: Node, operand: Operand, *dtypes: str) -> None:
 
 
 def _require_integer(node: Node, operand: Operand) -> None:
-    _require_dtype(node, operand, "int8", "uint8", "int16", "int32")
+    _require_dtype(node, operand, *_VALUES)
+
+
+def _zero_point(node: Node, key: str, operand: Operand) -> int:
+    """Return an operand's zero point, which must be a code of its type, so that no difference needs two bits more."""
+    zero_point = node.integer(key)
+    low, high = INTEGER_RANGES[operand.type.dtype]
+    if not low <= zero_point <= high:
+        raise fail(node, f"{key} is {zero_point}, expected a code of {operand.name}, {low} to {high}")
+    return zero_point
 
 
 def _broadcast(node: Node, shape: tuple[int, ...], operand: Operand) -> None:
@@ -67,11 +78,11 @@ def _shift(node: Node) -> int:
 
 def _saturated(node: Node, value: Interval, *, int64: bool = True) -> Interval:
     zero_point, qmin, qmax = (node.integer(key) for key in ("zero_point", "qmin", "qmax"))
-    low, high = INTEGER_RANGES.get(node.type.dtype, (0, -1))
+    if node.type.dtype not in _VALUES:
+        raise fail(node, f"the result is declared {node.type}, expected {' or '.join(_VALUES)}")
+    low, high = INTEGER_RANGES[node.type.dtype]
     if not low <= qmin <= zero_point <= qmax <= high:
-        raise fail(
-            node, f"expected {low} <= qmin <= zero_point <= qmax <= {high}, got {qmin}, {zero_point}, {qmax}"
-        )
+        raise fail(node, f"expected {low} <= qmin <= zero_point <= qmax <= {high}, got {qmin}, {zero_point}, {qmax}")
     if int64:
         _require_int64(node, value.magnitude + abs(zero_point))
     clip = [min(max(v + zero_point, qmin), qmax) for v in (value.low, value.high)]
@@ -88,6 +99,8 @@ def _rescaled(node: Node, product: Interval) -> Interval:
 
 def _quantize(node: Node, x: Operand) -> Checked:
     _require_dtype(node, x, "float32")
+    if x.node is not None:
+        raise fail(node, f"{x.name} is not an input; float is for the doors only, rescale integers with requantize")
     scale = node.real("scale")
     if not (math.isfinite(scale) and scale > 0 and float(np.float32(scale)) == scale):
         raise fail(node, f"scale is {scale!r}, expected a positive float32 value")
@@ -99,7 +112,7 @@ def _dequantize(node: Node, x: Operand, scale: Operand) -> Checked:
     _require_integer(node, x)
     _require_dtype(node, scale, "float32")
     _broadcast(node, x.type.shape, scale)
-    if x.interval.minus(node.integer("zero_point")).magnitude > 2**31 - 1:
+    if x.interval.minus(_zero_point(node, "zero_point", x)).magnitude > 2**31 - 1:
         raise fail(node, "x - zero_point could overflow int32")
     return TensorType("float32", x.type.shape), Interval(0, 0)
 
@@ -108,7 +121,8 @@ def _linear(node: Node, x: Operand, weight: Operand, bias: Operand) -> Checked:
     _require_dtype(node, x, *_BYTES)
     _require_dtype(node, weight, "int8")
     _require_dtype(node, bias, "int32")
-    assert weight.array is not None and bias.array is not None
+    assert weight.array is not None
+    assert bias.array is not None
     if len(weight.type.shape) != 2 or not x.type.shape or x.type.shape[-1] != weight.type.shape[1]:
         raise fail(node, f"x is {x.type} and weight is {weight.type}, expected [..., K] and [N, K]")
     if bias.type.shape != (weight.type.shape[0],):
@@ -135,11 +149,13 @@ def _matmul(node: Node, a: Operand, b: Operand) -> Checked:
     shape_a, shape_b = a.type.shape, b.type.shape
     if len(shape_a) < 2 or len(shape_b) < 2 or shape_a[:-2] != shape_b[:-2]:
         raise fail(node, f"a is {a.type} and b is {b.type}, expected equal leading axes and two matrix axes")
+    if node.integer("transpose_b") not in (0, 1):
+        raise fail(node, f"transpose_b is {node.integer('transpose_b')}, expected 0 or 1")
     rows_b, columns_b = shape_b[-2:][::-1] if node.integer("transpose_b") else shape_b[-2:]
     if shape_a[-1] != rows_b:
         raise fail(node, f"a is {a.type} and b is {b.type}: {shape_a[-1]} is not {rows_b}")
-    left = a.interval.minus(node.integer("zero_point_a"))
-    right = b.interval.minus(node.integer("zero_point_b"))
+    left = a.interval.minus(_zero_point(node, "zero_point_a", a))
+    right = b.interval.minus(_zero_point(node, "zero_point_b", b))
     reach = shape_a[-1] * left.magnitude * right.magnitude
     if reach > INTEGER_RANGES["int32"][1]:
         raise fail(node, f"could overflow int32: a sum can reach {reach}")
@@ -155,15 +171,15 @@ def _multiply(node: Node, a: Operand, b: Operand) -> Checked:
         shape = tuple(np.broadcast_shapes(a.type.shape, b.type.shape))
     except ValueError as error:
         raise fail(node, f"{a.type} and {b.type} do not broadcast") from error
-    left = a.interval.minus(node.integer("zero_point_a"))
-    return TensorType("int32", shape), left.times(b.interval.minus(node.integer("zero_point_b")))
+    left = a.interval.minus(_zero_point(node, "zero_point_a", a))
+    return TensorType("int32", shape), left.times(b.interval.minus(_zero_point(node, "zero_point_b", b)))
 
 
 def _requantize(node: Node, x: Operand, multiplier: Operand) -> Checked:
     _require_integer(node, x)
     _require_dtype(node, multiplier, "int32")
     _broadcast(node, x.type.shape, multiplier)
-    product = x.interval.minus(node.integer("input_zero_point")).times(multiplier.interval)
+    product = x.interval.minus(_zero_point(node, "input_zero_point", x)).times(multiplier.interval)
     return TensorType(node.type.dtype, x.type.shape), _rescaled(node, product)
 
 
@@ -177,8 +193,8 @@ def _add(node: Node, a: Operand, b: Operand, multiplier_a: Operand, multiplier_b
     for multiplier in (multiplier_a, multiplier_b):
         _require_dtype(node, multiplier, "int32")
         _broadcast(node, shape, multiplier)
-    left = a.interval.minus(node.integer("zero_point_a")).times(multiplier_a.interval)
-    right = b.interval.minus(node.integer("zero_point_b")).times(multiplier_b.interval)
+    left = a.interval.minus(_zero_point(node, "zero_point_a", a)).times(multiplier_a.interval)
+    right = b.interval.minus(_zero_point(node, "zero_point_b", b)).times(multiplier_b.interval)
     _require_int64(node, left.magnitude + right.magnitude)
     return TensorType(node.type.dtype, shape), _rescaled(node, left.plus(right))
 
@@ -220,8 +236,8 @@ def _normalize_rows(node: Node, x: Operand, total: Operand) -> Checked:
     if total.type.shape != (*x.type.shape[:-1], 1):
         raise fail(node, f"x is {x.type} and sum is {total.type}, expected one sum for each row")
     weights, numerator = total.node.inputs[0], node.integer("numerator")
-    if numerator < 1:
-        raise fail(node, f"numerator is {numerator}, expected at least 1")
+    if not 1 <= numerator <= _INT64_MAX:
+        raise fail(node, f"numerator is {numerator}, expected 1 to 2^63 - 1")
     if x.name == weights:
         # Each entry is at most its row's sum.
         product = Interval(0, numerator)
@@ -244,7 +260,8 @@ def _layer_norm(node: Node, x: Operand, weight: Operand, bias: Operand) -> Check
     width = x.type.shape[-1] if x.type.shape else 0
     if width < 1 or weight.type.shape != (width,) or bias.type.shape != (width,):
         raise fail(node, f"x is {x.type}, weight {weight.type}, bias {bias.type}: expected one entry a channel")
-    assert weight.array is not None and bias.array is not None
+    assert weight.array is not None
+    assert bias.array is not None
     epsilon = node.integer("epsilon")
     reach = x.interval.magnitude
     if epsilon < 1 or 2 * width * width * reach * reach + epsilon >= 2**62:
@@ -260,7 +277,7 @@ def _reduce_sum(node: Node, x: Operand) -> Checked:
     _require_dtype(node, x, "int8", "uint8", "int16")
     axis = _axis(node, x)
     shape = x.type.shape
-    centred = x.interval.minus(node.integer("zero_point"))
+    centred = x.interval.minus(_zero_point(node, "zero_point", x))
     if centred.magnitude * shape[axis] > INTEGER_RANGES["int32"][1]:
         raise fail(node, f"could overflow int32: a sum can reach {centred.magnitude * shape[axis]}")
     bounds = Interval(centred.low * shape[axis], centred.high * shape[axis])
@@ -280,8 +297,8 @@ def _patches(node: Node, x: Operand) -> Checked:
         raise fail(node, f"x is {x.type}, expected [channels, height, width]")
     channels, *extents = x.type.shape
     kernel, stride, padding = (node.integers(key) for key in ("kernel", "stride", "padding"))
-    if min(kernel) < 1 or min(stride) < 1 or min(padding) < 0 or {len(kernel), len(stride), len(padding)} != {2}:
-        raise fail(node, f"expected positive kernel and stride, padding >= 0, got {kernel}, {stride}, {padding}")
+    if {len(kernel), len(stride), len(padding)} != {2} or min(*kernel, *stride) < 1 or min(padding) < 0:
+        raise fail(node, f"expected two positive kernel and stride, padding >= 0, got {kernel}, {stride}, {padding}")
     counts = [(e + 2 * p - k) // s + 1 for e, k, s, p in zip(extents, kernel, stride, padding, strict=True)]
     if min(counts) < 1:
         raise fail(node, f"the kernel {kernel} is larger than the padded image {extents}")
@@ -294,6 +311,7 @@ def _patches(node: Node, x: Operand) -> Checked:
 
 
 def _reshape(node: Node, x: Operand) -> Checked:
+    _require_integer(node, x)
     shape = node.integers("shape")
     if math.prod(shape) != math.prod(x.type.shape) or any(extent < 1 for extent in shape):
         raise fail(node, f"cannot reshape {x.type} to {shape}")
@@ -301,6 +319,7 @@ def _reshape(node: Node, x: Operand) -> Checked:
 
 
 def _permute(node: Node, x: Operand) -> Checked:
+    _require_integer(node, x)
     axes = node.integers("axes")
     if sorted(axes) != list(range(len(x.type.shape))):
         raise fail(node, f"axes {axes} are not a permutation of the {len(x.type.shape)} axes of {x.type}")
@@ -308,6 +327,7 @@ def _permute(node: Node, x: Operand) -> Checked:
 
 
 def _slice(node: Node, x: Operand) -> Checked:
+    _require_integer(node, x)
     axis, start, stop, step = _axis(node, x), *(node.integer(key) for key in ("start", "stop", "step"))
     shape = x.type.shape
     if not (0 <= start < stop <= shape[axis] and step >= 1):
@@ -316,6 +336,8 @@ def _slice(node: Node, x: Operand) -> Checked:
 
 
 def _concat(node: Node, *parts: Operand) -> Checked:
+    for part in parts:
+        _require_integer(node, part)
     axis, first = _axis(node, parts[0]), parts[0].type
     rest = {(p.type.dtype, p.type.shape[:axis], p.type.shape[axis + 1 :]) for p in parts}
     if len(rest) > 1 or all(part.array is not None for part in parts):

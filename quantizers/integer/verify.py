@@ -15,7 +15,7 @@ from quantizers.errors import ProgramError
 from quantizers.integer.bounds import Interval, Operand
 from quantizers.integer.ops import OPS
 from quantizers.integer.program import INTEGER_RANGES, IntegerProgram, Node, TensorType
-from quantizers.integer.rules import RULES, fail, require_fits
+from quantizers.integer.rules import RULES, require_fits
 
 
 def verify(program: IntegerProgram) -> dict[str, Interval]:
@@ -28,31 +28,41 @@ def verify(program: IntegerProgram) -> dict[str, Interval]:
     for name, kind in program.inputs:
         if kind.dtype != "float32":
             raise ProgramError(f"input {name}: expected float32, got {kind.dtype}; quantize is the only entrance")
+        if name in known:
+            raise ProgramError(f"input {name}: the name is already taken; each value is defined once")
+        if min(kind.shape, default=1) < 1:
+            raise ProgramError(f"input {name}: {kind} has no elements")
         known[name] = Operand(name, kind, Interval(0, 0))
     for name, array in program.constants.items():
+        if name in known:
+            raise ProgramError(f"constant {name}: the name is already taken; each value is defined once")
         known[name] = _constant(name, array)
     for node in program.nodes:
         if node.name in known:
             raise ProgramError(f"{node.op} {node.name}: the name is already taken; each value is defined once")
         known[node.name] = _check(node, known)
     for public, value in program.outputs:
-        if value not in known:
-            raise ProgramError(f"output {public}: value {value} does not exist")
+        if value not in known or known[value].node is None:
+            raise ProgramError(f"output {public}: {value} is not the result of an operator")
     if not program.outputs:
         raise ProgramError("the program has no output")
+    if len({public for public, _ in program.outputs}) < len(program.outputs):
+        raise ProgramError(f"two outputs share a name: {', '.join(public for public, _ in program.outputs)}")
     return {name: operand.interval for name, operand in known.items() if operand.type.dtype != "float32"}
 
 
 def _constant(name: str, array: npt.NDArray[np.generic]) -> Operand:
     kind = TensorType(array.dtype.name, tuple(array.shape))
+    if not array.dtype.isnative:
+        raise ProgramError(f"constant {name}: has the other byte order; convert it with astype({kind.dtype!r})")
+    if array.size == 0:
+        raise ProgramError(f"constant {name}: has no elements")
     if kind.dtype == "float32":
         if not np.isfinite(array).all():
             raise ProgramError(f"constant {name}: holds NaN or infinity")
         return Operand(name, kind, Interval(0, 0), array)
     if kind.dtype not in INTEGER_RANGES:
         raise ProgramError(f"constant {name}: dtype {kind.dtype} is not one of {', '.join(INTEGER_RANGES)}")
-    if array.size == 0:
-        raise ProgramError(f"constant {name}: has no elements")
     return Operand(name, kind, Interval(int(array.min()), int(array.max())), array)
 
 
