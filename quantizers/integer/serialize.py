@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +20,20 @@ from quantizers.integer.program import Attribute, IntegerProgram, Node, TensorTy
 from quantizers.integer.verify import verify
 
 FORMAT_VERSION = 1
-_PROGRAM_KEYS = {"format_version", "inputs", "nodes", "outputs"}
-_NODE_KEYS = {"name", "op", "inputs", "attributes", "dtype", "shape", "source"}
+_T = TypeVar("_T")
+#: Keys of each kind of entry and the JSON type of its value.
+_PROGRAM_KEYS = {"format_version": int, "inputs": list, "nodes": list, "outputs": list}
+_INPUT_KEYS = {"name": str, "dtype": str, "shape": list}
+_NODE_KEYS = {
+    "name": str,
+    "op": str,
+    "inputs": list,
+    "attributes": dict,
+    "dtype": str,
+    "shape": list,
+    "source": str,
+}
+_OUTPUT_KEYS = {"name": str, "value": str}
 
 
 def program_to_bytes(program: IntegerProgram) -> tuple[bytes, bytes]:
@@ -57,17 +69,18 @@ def program_from_bytes(structure: bytes, constants: bytes) -> IntegerProgram:
     try:
         document = json.loads(structure)
         arrays: Mapping[str, npt.NDArray[np.generic]] = safetensors.numpy.load(constants)
-    except (ValueError, SafetensorError) as error:
+    except (ValueError, RecursionError, SafetensorError) as error:
         raise ArtifactError(f"the program cannot be read: {error}; export or quantize it again") from error
     _expect_keys("program", document, _PROGRAM_KEYS)
     if document["format_version"] != FORMAT_VERSION:
         raise ArtifactError(
             f"the program has format version {document['format_version']}, this version reads {FORMAT_VERSION}"
         )
-    for node in document["nodes"]:
-        _expect_keys("node", node, _NODE_KEYS)
+    for what, keys in (("input", _INPUT_KEYS), ("node", _NODE_KEYS), ("output", _OUTPUT_KEYS)):
+        for entry in document[f"{what}s"]:
+            _expect_keys(what, entry, keys)
     program = IntegerProgram(
-        inputs=tuple((i["name"], TensorType(i["dtype"], tuple(i["shape"]))) for i in document["inputs"]),
+        inputs=tuple((i["name"], _type(i)) for i in document["inputs"]),
         constants=dict(sorted(arrays.items())),
         nodes=tuple(_node(node) for node in document["nodes"]),
         outputs=tuple((o["name"], o["value"]) for o in document["outputs"]),
@@ -83,14 +96,27 @@ def _node(entry: dict[str, Any]) -> Node:
     return Node(
         name=entry["name"],
         op=entry["op"],
-        inputs=tuple(entry["inputs"]),
+        inputs=_all("inputs", entry["inputs"], str),
         attributes=attributes,
-        type=TensorType(entry["dtype"], tuple(entry["shape"])),
+        type=_type(entry),
         source=entry["source"],
     )
 
 
-def _expect_keys(what: str, entry: object, expected: set[str]) -> None:
-    if not isinstance(entry, dict) or set(entry) != expected:
+def _type(entry: dict[str, Any]) -> TensorType:
+    return TensorType(entry["dtype"], _all("shape", entry["shape"], int))
+
+
+def _all(what: str, entries: list[Any], kind: type[_T]) -> tuple[_T, ...]:
+    if not all(type(entry) is kind for entry in entries):
+        raise ArtifactError(f"{what}: expected a list of {kind.__name__}, found {entries}")
+    return tuple(entries)
+
+
+def _expect_keys(what: str, entry: object, expected: Mapping[str, type]) -> None:
+    if not isinstance(entry, dict) or set(entry) != set(expected):
         found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
         raise ArtifactError(f"{what}: expected the keys {sorted(expected)}, found {found}")
+    for key, kind in expected.items():
+        if type(entry[key]) is not kind:
+            raise ArtifactError(f"{what}: {key} is {entry[key]!r}, expected {kind.__name__}")
