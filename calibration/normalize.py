@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -29,25 +29,27 @@ def fold_channel_affine(graph: Graph) -> Graph:
     operations: list[Operation] = []
     kept = {value for _, value in graph.outputs}
     for original in graph.operations:
-        operation = dataclasses.replace(
-            original, inputs=tuple(renamed.get(name, name) for name in original.inputs)
-        )
-        layer = producers.get(operation.inputs[0])
+        operation = dataclasses.replace(original, inputs=tuple(renamed.get(name, name) for name in original.inputs))
+        # A product or sum with a constant may be written either way round.
+        value, constant = operation.inputs[0], operation.inputs[-1]
+        if value in constants:
+            value, constant = constant, value
+        layer = producers.get(value)
         foldable = (
             operation.op in ("multiply", "add")
             and layer is not None
             and layer.op in ("linear", "conv2d")
-            and operation.inputs[1] in constants
-            and len(readers[original.inputs[0]]) == 1
-            and original.inputs[0] not in kept
+            and constant in constants
+            and len(readers[layer.name]) == 1
+            and layer.name not in kept
             and operation.shape == layer.shape
         )
-        vector = _channel_vector(constants[operation.inputs[1]], layer) if foldable and layer is not None else None
+        vector = _channel_vector(constants[constant], layer) if foldable and layer is not None else None
         if vector is not None and layer is not None:
             weight, bias = (constants[name] for name in layer.inputs[1:])
             gain = vector if operation.op == "multiply" else torch.ones_like(vector)
             shift = vector if operation.op == "add" else torch.zeros_like(vector)
-            names = (f"{layer.inputs[1]}.folded", f"{layer.inputs[2]}.folded")
+            names = tuple(_unused(constants, f"{name}.folded") for name in layer.inputs[1:])
             constants[names[0]] = weight * gain.reshape(-1, *(1,) * (weight.ndim - 1))
             constants[names[1]] = bias * gain + shift
             folded = dataclasses.replace(layer, inputs=(layer.inputs[0], *names))
@@ -63,6 +65,14 @@ def fold_channel_affine(graph: Graph) -> Graph:
         operations.append(operation)
     outputs = tuple((name, renamed.get(value, value)) for name, value in graph.outputs)
     return Graph(graph.inputs, constants, tuple(operations), outputs)
+
+
+def _unused(constants: Mapping[str, torch.Tensor], name: str) -> str:
+    """Return a name that no constant has; a weight that several layers share is folded apart for each."""
+    unique, index = name, 1
+    while unique in constants:
+        unique, index = f"{name}.{index}", index + 1
+    return unique
 
 
 def _channel_vector(constant: torch.Tensor, layer: Operation) -> torch.Tensor | None:
