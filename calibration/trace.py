@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from calibration.aten import Converter
+from calibration.aten.converter import Converter
 from calibration.graph import Graph, execute
 from calibration.normalize import normalize
 from quantizers.errors import ModelError
@@ -49,23 +51,34 @@ def _at_least_two(x: Tensor) -> Tensor:
 
 def _export(module: nn.Module, inputs: tuple[Tensor, ...]) -> Graph:
     shapes = tuple({0: torch.export.Dim("batch", min=1)} for _ in inputs)
-    export_log = logging.getLogger("torch.export")
-    level = export_log.level
     try:
-        export_log.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
+        with _quiet(), torch.no_grad():
             program = torch.export.export(module, inputs, dynamic_shapes=_in_signature(module, shapes), strict=False)
             program = program.run_decompositions({})
     except Exception as error:  # torch.export raises many unrelated types; the cause is kept and shown
+        reason = str(error).partition("\n")[0]
         raise ModelError(
             f"torch.export cannot trace {type(module).__name__} with inputs of shapes "
-            f"{[tuple(x.shape) for x in inputs]}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            f"{[tuple(x.shape) for x in inputs]}: {type(error).__name__}: {reason}"
             "; check that the module runs on these inputs at batch sizes 2 and 3"
         ) from error
-    finally:
-        export_log.setLevel(level)
     return Converter(program).convert()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what torch.export warns, logs and prints; what matters of it is in the error it raises."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx.experimental.symbolic_shapes")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _in_signature(module: nn.Module, shapes: tuple[dict[int, object], ...]) -> object:
