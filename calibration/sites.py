@@ -161,7 +161,8 @@ def _classify(structure: Structure, operation: Operation, position: int) -> tupl
     match operation.op:
         case "linear" | "conv2d":
             if position == 0:
-                return ("image" if structure.source(value) in structure.inputs else "linear_input"), "input"
+                # An image may be scaled inside the model; nothing else has no operation behind it.
+                return ("image" if structure.root(value) is None else "linear_input"), "input"
             return ("weight", "weight") if position == 1 else None
         case "matmul":
             return _matmul_operand(structure, operation, position)
@@ -174,7 +175,11 @@ def _classify(structure: Structure, operation: Operation, position: int) -> tupl
         case "mean":
             return "residual", "input"
         case "multiply":
-            return ("constant", "factor") if value in structure.graph.constants else ("multiply_input", f"factor_{position}")
+            return (
+                ("constant", "factor")
+                if value in structure.graph.constants
+                else ("multiply_input", f"factor_{position}")
+            )
         case "add":
             if value in structure.graph.constants:
                 return "constant", "constant"
