@@ -100,8 +100,10 @@ def _check_agreement(module: nn.Module, graph: Graph, inputs: tuple[Tensor, ...]
     for (name, _), want, got in zip(graph.outputs, expected, found, strict=True):
         if want.shape != got.shape:
             raise ModelError(f"output {name}: the graph gives shape {tuple(got.shape)}, the model {tuple(want.shape)}")
-        difference = float((want - got).abs().max())
-        if not difference <= _TRACE_TOLERANCE * max(float(want.abs().max()), 1.0):
+        # Where a damaged model gives NaN or infinity, so must the graph; calibration then names the site.
+        exact, traced = torch.nan_to_num(want), torch.nan_to_num(got)
+        difference = float((exact - traced).abs().max())
+        if not difference <= _TRACE_TOLERANCE * max(float(exact.abs().max()), 1.0):
             raise ModelError(
                 f"output {name}: the traced graph differs from the model by {difference:g}; "
                 "does the model mix samples of a batch, or hold randomness in eval mode?"
