@@ -115,7 +115,7 @@ def test_relative_position_biases_are_constants() -> None:
         if site.kind == "constant"
     ]
     # The first stage has windows beside the batch on axis 0; the second has one window only.
-    bias, mask, last = (1, 2, 49, 49), (4, 1, 49, 49), (4, 49, 49)
+    bias, mask, last = (1, 2, 16, 16), (4, 1, 16, 16), (4, 16, 16)
     assert [shape for _, shape, _ in found] == [bias, bias, mask, last, last]
     assert {op for _, _, op in found} == {"add"}
     kinds = collections.Counter(site.kind for site in find_sites(graph))

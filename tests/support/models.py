@@ -114,13 +114,14 @@ MODELS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = Map
         "swin": (
             lambda: _timm(
                 "swin_tiny_patch4_window7_224",
-                img_size=56,
+                img_size=32,
+                window_size=4,
                 depths=(2, 2),
                 embed_dim=16,
                 num_heads=(2, 4),
                 num_classes=10,
             ),
-            (3, 56, 56),
+            (3, 32, 32),
         ),
         "transformers": (_transformers, (3, 32, 32)),
     }

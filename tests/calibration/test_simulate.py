@@ -1,0 +1,92 @@
+"""The simulation: every site fake-quantized, everything else float."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.models import MODELS, Formula, calibrated, images, model, recipe, spread, traced
+from torch import nn
+from torch.nn import functional
+
+from calibration.engine import calibrate
+from calibration.graph import execute
+from calibration.simulate import apply, simulate
+from calibration.trace import trace
+from quantizers.row_relative import RowRelativeQParams, fake_quantize_rows
+from quantizers.uniform import UniformQParams, fake_quantize
+
+
+def test_a_linear_by_hand() -> None:
+    """Input and weight are fake-quantized, the bias is not, the result is not."""
+    layer = spread(nn.Linear(8, 4))
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    result = calibrate(trace(layer, (x,)), [(row,) for row in x], recipe(4, 6))
+    source, weight = (entry.qparams for entry in result.sites)
+    assert isinstance(source, UniformQParams)
+    assert isinstance(weight, UniformQParams)
+    expected = functional.linear(fake_quantize(x, source), fake_quantize(layer.weight, weight), layer.bias)
+    assert torch.equal(simulate(result, (x,))[0], expected)
+
+
+def test_probabilities_are_row_relative() -> None:
+    """A format is applied by its type."""
+    row = torch.tensor([[0.1, 0.2, 0.7]])
+    qparams = RowRelativeQParams(7)
+    assert torch.equal(apply(qparams, row), fake_quantize_rows(row, qparams))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_8_bits_are_close_to_float(name: str) -> None:
+    """At 8 bits the outputs are within 10 % of the float outputs, in norm.
+
+    Random weights amplify: two blocks of trained ones are an order of magnitude closer.
+    """
+    x = images(name, 8, seed=5)
+    (simulated,) = simulate(calibrated(name), (x,))
+    with torch.no_grad():
+        expected = model(name)(x)
+    assert simulated.dtype == torch.float32
+    assert float((simulated - expected).norm() / expected.norm()) < 0.1
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_more_bits_are_closer(symmetric: bool) -> None:
+    """The distance to float falls from 3 to 4, 6 and 8 bits."""
+    x = images("vit", 8, seed=5)
+    (expected,) = execute(traced("vit"), (x,))
+    errors = []
+    for bits in (3, 4, 6, 8):
+        result = calibrated("vit", recipe(bits, bits, "mse", symmetric=symmetric))
+        errors.append(float((simulate(result, (x,))[0] - expected).norm() / expected.norm()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < errors[0] / 4
+
+
+@pytest.mark.parametrize("name", ["ours", "swin"])
+def test_samples_do_not_see_each_other(name: str) -> None:
+    """A sample's result does not depend on the batch it is in, up to codes that float32 rounding tips over."""
+    x = images(name, 5, seed=5)
+    result = calibrated(name)
+    (together,) = simulate(result, (x,))
+    alone = torch.cat([simulate(result, (image[None],))[0] for image in x])
+    torch.testing.assert_close(alone, together, rtol=0.02, atol=0.02)
+
+
+def test_nothing_is_changed() -> None:
+    """The simulation leaves images, weights and parameters as they were."""
+    result = calibrated("ours")
+    x = images("ours", 3)
+    kept = x.clone(), {name: tensor.clone() for name, tensor in result.graph.constants.items()}
+    first = simulate(result, (x,))[0]
+    assert torch.equal(simulate(result, (x,))[0], first)
+    assert torch.equal(x, kept[0])
+    assert all(torch.equal(tensor, kept[1][name]) for name, tensor in result.graph.constants.items())
+
+
+def test_a_weight_that_two_layers_share_is_quantized_once() -> None:
+    """Both uses read the same codes."""
+    layer = spread(nn.Linear(8, 8))
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    result = calibrate(trace(Formula(lambda x, a: a(functional.gelu(a(x))), layer), (x,)), [(i,) for i in x], recipe(3))
+    (weight,) = (entry for entry in result.sites if entry.site.kind == "weight")
+    assert len(weight.site.edges) == 2
