@@ -8,6 +8,7 @@ result does not depend on the caller's batch size, and the same images give the 
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibration.graph import Graph, Operation, execute
+from calibration.checkpoint import StatisticsStore
+from calibration.graph import Graph, Operation, check_shapes, execute
 from calibration.rules import Recipe, assign_specs
 from calibration.search import search_activation, search_weight
 from calibration.sites import OUTPUT, Edge, Site, find_sites
@@ -23,7 +25,7 @@ from calibration.statistics import Histogram, empty, update
 from quantizers.errors import DataError, ModelError
 from quantizers.row_relative import RowRelativeQParams
 from quantizers.spec import QuantSpec
-from quantizers.uniform import UniformQParams, qparams_from_range
+from quantizers.uniform import UniformQParams, qparams_from_range, quantize
 
 QParams = UniformQParams | RowRelativeQParams
 Progress = Callable[[str, int, int], None]
@@ -32,6 +34,10 @@ Progress = Callable[[str, int, int], None]
 MICRO_BATCH = 8
 #: A bias of this many weight-and-input steps still leaves room for the products in int32.
 _LARGEST_BIAS = 2**30
+#: Largest bias, in steps, of a layer without weights: precise, and no step so small that multipliers vanish.
+_BIAS_OF_DEAD_WEIGHTS = 2**20
+#: Seconds between two saves of the statistics.
+_SAVE_INTERVAL = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +58,7 @@ class Calibrated:
         recipe: the recipe as resolved.
         sites: in execution order.
         num_images: how many calibration images were seen.
-        fingerprint: SHA-256 of the calibration images as the network saw them, in order.
+        fingerprint: SHA-256 over the SHA-256 of each calibration image as the network saw it, in order.
     """
 
     graph: Graph
@@ -73,6 +79,7 @@ def calibrate(
     *,
     total: int | None = None,
     progress: Progress | None = None,
+    store: StatisticsStore | None = None,
 ) -> Calibrated:
     """Choose the parameters of every site.
 
@@ -82,23 +89,24 @@ def calibrate(
         recipe: rules; the first that matches a site gives its spec.
         total: number of images if known, for progress only.
         progress: called with a stage, what is done and what there is to do.
+        store: where to keep statistics, and to go on from what an interrupted run left there.
 
     Raises:
         RecipeError: the recipe does not fit the graph.
-        DataError: no image, or an image of another shape.
+        DataError: no image, an image of another shape, or other images than the interrupted run saw.
         ModelError: NaN or infinity in a weight or an activation, with its site.
     """
     sites = find_sites(graph)
     specs = assign_specs(sites, recipe)
     _require_finite_constants(graph)
     observed = [site for site in sites if _is_observed(graph, site)]
-    stats, count, fingerprint = _observe(graph, observed, images, total, progress)
+    stats, count, fingerprint = _observe(graph, observed, images, total, progress, store)
     qparams: dict[str, QParams] = {}
     for done, site in enumerate(sites):
         qparams[site.name] = _choose(graph, site, specs[site.name], stats.get(site.name))
         if progress is not None:
             progress("search ranges", done + 1, len(sites))
-    _make_room_for_biases(graph, sites, qparams)
+    _fit_weights_to_biases(graph, sites, qparams)
     entries = tuple(CalibratedSite(site, specs[site.name], qparams[site.name]) for site in sites)
     return Calibrated(graph, recipe, entries, count, fingerprint)
 
@@ -110,7 +118,9 @@ def _is_observed(graph: Graph, site: Site) -> bool:
 def _require_finite_constants(graph: Graph) -> None:
     for name, tensor in graph.constants.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"weight {name} holds NaN or infinity; the checkpoint is damaged or was trained to overflow")
+            raise ModelError(
+                f"weight {name} holds NaN or infinity; the checkpoint is damaged or was trained to overflow"
+            )
 
 
 def _observe(
@@ -119,17 +129,22 @@ def _observe(
     images: Iterable[tuple[Tensor, ...]],
     total: int | None,
     progress: Progress | None,
+    store: StatisticsStore | None,
 ) -> tuple[dict[str, Histogram], int, str]:
     first_edges = {site.edges[0]: site for site in sites}
-    stats = {site.name: empty() for site in sites}
-    digest, count = hashlib.sha256(), 0
+    restored = store.load() if store is not None else None
+    stats, known = restored if restored is not None else ({site.name: empty() for site in sites}, [])
+    digests: list[str] = []
 
-    def observe(site: Site, value: Tensor) -> None:
+    def require_finite(where: str, value: Tensor) -> None:
         if not bool(torch.isfinite(value).all()):
             raise ModelError(
-                f"NaN or infinity at site {site.name} while calibrating images {count} to {count + len(value) - 1}; "
-                "check the preprocessing and run the model in float32"
+                f"NaN or infinity at {where} while calibrating images {len(digests) - len(value)} "
+                f"to {len(digests) - 1}; check the preprocessing and run the model in float32"
             )
+
+    def observe(site: Site, value: Tensor) -> None:
+        require_finite(f"site {site.name}", value)
         stats[site.name] = update(stats[site.name], value)
 
     def on_edge(operation: Operation, position: int, value: Tensor) -> Tensor:
@@ -138,25 +153,48 @@ def _observe(
             observe(site, value)
         return value
 
+    saved = time.monotonic()
     with torch.no_grad():
-        for batch in _micro_batches(images):
-            for tensor in batch:
-                digest.update(np.ascontiguousarray(tensor.numpy()).tobytes())
+        for batch in _micro_batches(graph, images):
+            digests += [_digest(tuple(column[index] for column in batch)) for index in range(len(batch[0]))]
+            if len(digests) <= len(known):
+                continue
+            if known and digests[: len(known)] != known:
+                raise DataError("the images differ from those of the interrupted run; start without resume")
             results = execute(graph, batch, on_edge)
             for index, result in enumerate(results):
+                # An output that is an accumulator is not observed, but what it holds matters as much.
+                require_finite(f"output {graph.outputs[index][0]}", result)
                 if (OUTPUT, index) in first_edges:
                     observe(first_edges[OUTPUT, index], result)
-            count += len(batch[0])
+            if store is not None and time.monotonic() - saved > _SAVE_INTERVAL:
+                store.save(stats, digests)
+                saved = time.monotonic()
             if progress is not None:
-                progress("observe activations", count, max(total or 0, count))
-    if count == 0:
+                progress("observe activations", len(digests), max(total or 0, len(digests)))
+    if not digests:
         raise DataError("calibration needs at least one image, got none")
-    return stats, count, digest.hexdigest()
+    if digests[: len(known)] != known:
+        raise DataError("the images differ from those of the interrupted run; start without resume")
+    if store is not None:
+        store.save(stats, digests)
+    return stats, len(digests), hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _micro_batches(images: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+def _digest(sample: tuple[Tensor, ...]) -> str:
+    digest = hashlib.sha256()
+    for tensor in sample:
+        digest.update(np.ascontiguousarray(tensor.numpy()).tobytes())
+    return digest.hexdigest()
+
+
+def _micro_batches(graph: Graph, images: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
     pending: list[tuple[Tensor, ...]] = []
-    for sample in images:
+    for index, sample in enumerate(images):
+        try:
+            check_shapes(graph, tuple(tensor[None] for tensor in sample))
+        except DataError as error:
+            raise DataError(f"calibration image {index}: {error}") from error
         pending.append(sample)
         if len(pending) == MICRO_BATCH:
             yield tuple(torch.stack(column) for column in zip(*pending, strict=True))
@@ -176,8 +214,12 @@ def _choose(graph: Graph, site: Site, spec: QuantSpec, stats: Histogram | None) 
     return qparams_from_range(float(constant.min()), float(constant.max()), spec)
 
 
-def _make_room_for_biases(graph: Graph, sites: Sequence[Site], qparams: dict[str, QParams]) -> None:
-    """Raise the weight scales of channels whose bias would not fit int32 in steps of input times weight."""
+def _fit_weights_to_biases(graph: Graph, sites: Sequence[Site], qparams: dict[str, QParams]) -> None:
+    """Make steps of input times weight, in which a bias is held as int32, large enough and small enough for it.
+
+    Too small a step would overflow: it is raised. A channel whose weights are all zero has no step of its own
+    and its scale of 1 would round the bias away: it gets the largest step of the other channels.
+    """
     producers = graph.producers()
     by_edge: Mapping[Edge, str] = {edge: site.name for site in sites for edge in site.edges}
     for site in sites:
@@ -185,11 +227,18 @@ def _make_room_for_biases(graph: Graph, sites: Sequence[Site], qparams: dict[str
             continue
         weight = qparams[site.name]
         assert isinstance(weight, UniformQParams)
-        needed = np.zeros(len(weight.scale))
+        # The largest bias of each channel, in steps of the input.
+        bias = np.zeros(len(weight.scale))
         for operation, _ in site.edges:
             source = qparams[by_edge[operation, 0]]
             assert isinstance(source, UniformQParams)
-            bias = graph.constants[producers[operation].inputs[2]].abs().numpy().astype(np.float64)
-            needed = np.maximum(needed, bias / (source.scale[0] * _LARGEST_BIAS))
-        scale = np.maximum(weight.scales(), needed).astype(np.float32)
+            offset = graph.constants[producers[operation].inputs[2]].abs().numpy().astype(np.float64)
+            bias = np.maximum(bias, offset / source.scale[0])
+        dead = (quantize(graph.constants[site.value], weight) == 0).reshape(len(bias), -1).all(1).numpy()
+        scale = weight.scales()
+        if not dead.all():
+            scale = np.where(dead, scale[~dead].max(), scale)
+        elif bias.any():
+            scale = np.full_like(scale, bias.max() / _BIAS_OF_DEAD_WEIGHTS)
+        scale = np.maximum(scale, bias / _LARGEST_BIAS).astype(np.float32)
         qparams[site.name] = UniformQParams(tuple(float(s) for s in scale), 0, weight.qmin, weight.qmax)

@@ -244,7 +244,7 @@ EXECUTORS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
         "conv2d": _conv2d,
         "matmul": _matmul,
         "layer_norm": _layer_norm,
-        "softmax": lambda operation, x: x.softmax(-1),
+        "softmax": lambda _, x: x.softmax(-1),
         "unary": _unary,
         "add": _add,
         "multiply": _multiply,

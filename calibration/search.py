@@ -72,10 +72,15 @@ def _percentile_range(stats: Histogram, spec: QuantSpec) -> tuple[float, float]:
     share = spec.percentile / 100
     if spec.symmetric:
         order = np.argsort(np.abs(centers), kind="stable")
-        position = np.searchsorted(np.cumsum(counts[order]), share * stats.count)
-        limit = float(np.abs(centers[order][min(position, len(order) - 1)]) + half_bin)
+        position = _bin_at(np.cumsum(counts[order]), share * stats.count)
+        limit = float(np.abs(centers[order][position]) + half_bin)
         return max(stats.low, -limit), min(stats.high, limit)
     cumulative, tail = np.cumsum(counts), (1 - share) / 2 * stats.count
-    low = centers[min(int(np.searchsorted(cumulative, tail)), len(centers) - 1)] - half_bin
-    high = centers[min(int(np.searchsorted(cumulative, stats.count - tail)), len(centers) - 1)] + half_bin
+    low = centers[_bin_at(cumulative, tail)] - half_bin
+    high = centers[_bin_at(cumulative, stats.count - tail)] + half_bin
     return max(stats.low, float(low)), min(stats.high, float(high))
+
+
+def _bin_at(cumulative: npt.NDArray[np.float64], count: float) -> int:
+    """Return the first bin at which the cumulative count reaches ``count``."""
+    return min(int(np.searchsorted(cumulative, count)), len(cumulative) - 1)

@@ -39,7 +39,8 @@ class Histogram:
     def centers(self) -> npt.NDArray[np.float64]:
         """Return the middle of each bin, float64 (4096,)."""
         width = 2.0 ** (self.exponent if self.exponent is not None else 0)
-        return (np.arange(2 * _HALF) - _HALF + 0.5) * width
+        middles: npt.NDArray[np.float64] = np.arange(2 * _HALF, dtype=np.float64) - (_HALF - 0.5)
+        return middles * width
 
 
 def empty() -> Histogram:

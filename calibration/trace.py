@@ -7,9 +7,11 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from calibration.aten.converter import Converter
 from calibration.graph import Graph, execute
@@ -81,7 +83,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _in_signature(module: nn.Module, shapes: tuple[dict[int, object], ...]) -> object:
+def _in_signature(module: nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
     # A module whose forward is (*args) wants its dynamic shapes nested once more.
     import inspect
 
@@ -111,5 +113,5 @@ def _check_agreement(module: nn.Module, graph: Graph, inputs: tuple[Tensor, ...]
 
 
 def _flatten(result: object) -> list[Tensor]:
-    leaves = torch.utils._pytree.tree_leaves(result)
+    leaves = tree_leaves(result)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

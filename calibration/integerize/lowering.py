@@ -8,21 +8,21 @@ requantize with a multiplier per channel serves them all.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from calibration.engine import Calibrated
-from calibration.graph import UNARY_FUNCTIONS, VIEWS, Graph, Operation
+from calibration.graph import UNARY_FUNCTIONS, VIEWS, Operation
 from calibration.integerize.builder import ProgramBuilder
+from calibration.integerize.forms import require_integer_forms
 from calibration.integerize.layer_norm import layer_norm_constants
+from calibration.integerize.scales import Scales, compress, viewed
+from calibration.integerize.shared_requantize import plan_shared_requantize, rescaled, saturation
 from calibration.sites import OUTPUT, Structure
-from quantizers.errors import UnsupportedOperatorError
 from quantizers.integer.fixed_point import choose_shift, to_common_fixed_point, to_fixed_point
 from quantizers.integer.program import IntegerProgram, TensorType
 from quantizers.integer.verify import verify
@@ -31,8 +31,6 @@ from quantizers.uniform import UniformQParams, quantize
 
 #: Bits of the numerator of ``normalize_rows``: divided by a sum of at least 255 it fits int32.
 _NUMERATOR_BITS = 38
-
-Scales = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,33 +54,6 @@ def integerize(calibrated: Calibrated) -> IntegerProgram:
     return program
 
 
-def require_integer_forms(graph: Graph) -> None:
-    """Check that every operation of a graph has an integer form.
-
-    Raises:
-        UnsupportedOperatorError: lists all that have none, with their names.
-    """
-    structure = Structure(graph)
-    found: dict[str, list[str]] = {}
-    for operation in graph.operations:
-        reason = _obstacle(structure, operation)
-        if reason is not None:
-            where = f"{operation.name} in {operation.module}" if operation.module else operation.name
-            found.setdefault(reason, []).append(where)
-    if found:
-        raise UnsupportedOperatorError("integerize", found)
-
-
-def _obstacle(structure: Structure, operation: Operation) -> str | None:
-    if operation.op == "conv2d" and operation.integer("groups") != 1:
-        return "grouped conv2d"
-    if operation.op == "conv2d" and set(operation.integers("dilation")) != {1}:
-        return "dilated conv2d"
-    if operation.op == "scale" and operation.real("factor") <= 0 and not structure.is_accumulator(operation.name):
-        return "scale by a number that is not positive"
-    return None
-
-
 class _Lowering:
     def __init__(self, calibrated: Calibrated) -> None:
         self.graph = calibrated.graph
@@ -93,9 +64,9 @@ class _Lowering:
         self._codes: dict[tuple[str, UniformQParams], str] = {}
         self._sums: dict[str, Accumulator] = {}
         self._patch_sums: dict[str, Accumulator] = {}
-        self._shared_outputs: dict[tuple[str, UniformQParams], str] = {}
+        self._shared_outputs: dict[str, str] = {}
         self._plans = {
-            operation.name: self._plan(operation)
+            operation.name: plan_shared_requantize(self.structure, self.formats, operation)
             for operation in calibrated.graph.operations
             if operation.op in ("linear", "conv2d")
         }
@@ -109,7 +80,7 @@ class _Lowering:
             else:
                 accumulator = self.accumulator(value)
                 name, zero_point, scale = accumulator.name, 0, accumulator.scale
-            constant = self.builder.constant(_compress(scale).astype(np.float32), f"{public}.scale")
+            constant = self.builder.constant(compress(scale).astype(np.float32), f"{public}.scale")
             kind = TensorType("float32", self.builder.type(name).shape)
             node = self.builder.node("dequantize", (name, constant), kind, public, "", zero_point=zero_point)
             outputs.append((public, node))
@@ -132,13 +103,13 @@ class _Lowering:
         operation = self.structure.producers.get(value)
         if operation is None:
             kind = TensorType(qparams.dtype, self.shapes[value])
-            return builder.node(
-                "quantize", (value,), kind, f"{value}.codes", "", scale=qparams.scale[0], **_saturation(qparams)
-            )
+            # Seen from before a scaling inside the model, the scale need not be a float32 value any more.
+            scale = float(np.float32(qparams.scale[0]))
+            return builder.node("quantize", (value,), kind, f"{value}.codes", "", scale=scale, **saturation(qparams))
         if operation.op in VIEWS:
             return self._view(operation, self.codes(operation.inputs[0], qparams))
         if operation.op == "scale" and operation.real("factor") > 0:
-            return self.codes(operation.inputs[0], _rescaled(qparams, 1 / operation.real("factor")))
+            return self.codes(operation.inputs[0], rescaled(qparams, 1 / operation.real("factor")))
         if operation.op == "concat":
             parts = [self.codes(name, qparams) for name in operation.inputs]
             return builder.concat(parts, operation.integer("axis"), f"{value}.codes", operation.module)
@@ -178,7 +149,7 @@ class _Lowering:
             operation.module,
             epsilon=made.epsilon,
             shift=made.shift,
-            **_saturation(qparams),
+            **saturation(qparams),
         )
 
     def _exponentials(self, operation: Operation, levels: RowRelativeQParams) -> tuple[str, str]:
@@ -221,7 +192,7 @@ class _Lowering:
             operation.module,
             numerator=max(1, round(ratio * 2**shift)),
             shift=shift,
-            **_saturation(qparams),
+            **saturation(qparams),
         )
 
     def _lookup(self, operation: Operation, qparams: UniformQParams) -> str:
@@ -252,7 +223,7 @@ class _Lowering:
                 shape = (1,) * (len(operation.shape) - len(self.shapes[value])) + self.shapes[value]
                 name = self.builder.reshape(name, shape, operation.module)
             names.append(name)
-            ratios.append(_compress(scale / qparams.scale[0]))
+            ratios.append(compress(scale / qparams.scale[0]))
             zeros.append(zero_point)
         multipliers, shift = to_common_fixed_point(*ratios)
         constants = [self.builder.constant(m, f"{operation.name}.multiplier") for m in multipliers]
@@ -265,7 +236,7 @@ class _Lowering:
             zero_point_a=zeros[0],
             zero_point_b=zeros[1],
             shift=shift,
-            **_saturation(qparams),
+            **saturation(qparams),
         )
 
     # Accumulators -----------------------------------------------------------------------------------
@@ -279,7 +250,7 @@ class _Lowering:
         if operation.op in VIEWS:
             inner = self.accumulator(operation.inputs[0])
             scale = np.broadcast_to(inner.scale, self.shapes[operation.inputs[0]])
-            return Accumulator(self._view(operation, inner.name), _compress(_viewed(operation, scale)))
+            return Accumulator(self._view(operation, inner.name), compress(viewed(operation, scale)))
         if value not in self._sums:
             makers: dict[str, Callable[[Operation], Accumulator]] = {
                 "linear": self._linear,
@@ -392,18 +363,16 @@ class _Lowering:
         return Accumulator(name, source.scales() / self.shapes[operation.inputs[0]][axis])
 
     def _requantized(self, operation: Operation, qparams: UniformQParams) -> str:
-        target: Scales = qparams.scales()
         plan = self._plans.get(operation.name)
-        shared = plan is not None and (operation.name, qparams) in plan.members
-        if shared and plan is not None:
-            target = plan.scale
-            if plan.key in self._shared_outputs:
-                return self._shared_outputs[plan.key]
+        shared = plan is not None and qparams in plan.members
+        target = plan.scale if plan is not None and shared else qparams.scales()
+        if shared and operation.name in self._shared_outputs:
+            return self._shared_outputs[operation.name]
         is_conv = operation.op == "conv2d"
         # Requantizing the rows, before they are turned into planes, lets the turning cancel with the
         # reader's own view, and keeps channels last.
         accumulator = self._patch_rows(operation) if is_conv else self.accumulator(operation.name)
-        multiplier, shift = to_fixed_point(_compress(accumulator.scale / (target.reshape(-1) if is_conv else target)))
+        multiplier, shift = to_fixed_point(compress(accumulator.scale / (target.reshape(-1) if is_conv else target)))
         name = self.builder.node(
             "requantize",
             (accumulator.name, self.builder.constant(multiplier, f"{operation.name}.multiplier")),
@@ -412,99 +381,15 @@ class _Lowering:
             operation.module,
             input_zero_point=0,
             shift=shift,
-            **_saturation(qparams),
+            **saturation(qparams),
         )
         if is_conv:
             name = self._as_planes(operation, name)
-        if shared and plan is not None:
-            self._shared_outputs[plan.key] = name
+        if shared:
+            self._shared_outputs[operation.name] = name
         return name
-
-    # One requantize for readers of disjoint channels -------------------------------------------------
-
-    def _plan(self, operation: Operation) -> _Plan | None:
-        channel_axis = len(operation.shape) - 1 if operation.op == "linear" else 0
-        extents = [1] * len(operation.shape)
-        channels = operation.shape[channel_axis]
-        extents[channel_axis] = channels
-        index = np.broadcast_to(np.arange(channels).reshape(extents), operation.shape)
-        demands: list[tuple[UniformQParams, npt.NDArray[np.int64]]] = []
-        self._collect(operation.name, index, 1.0, demands)
-        scale = np.ones(channels)
-        taken = np.zeros(channels, bool)
-        for qparams, wanted in demands:
-            if taken[wanted].any() or _saturation(qparams) != _saturation(demands[0][0]):
-                return None
-            taken[wanted] = True
-            scale[wanted] = qparams.scale[0]
-        if len(demands) < 2:
-            return None
-        members = frozenset((operation.name, qparams) for qparams, _ in demands)
-        return _Plan(scale.reshape(extents), members, (operation.name, demands[0][0]))
-
-    def _collect(
-        self,
-        value: str,
-        index: npt.NDArray[np.int64],
-        factor: float,
-        demands: list[tuple[UniformQParams, npt.NDArray[np.int64]]],
-    ) -> None:
-        """Follow views and scalings from a layer to the formats that its readers want for its channels."""
-        for reader, position in self.structure.consumers.get(value, []):
-            if reader.op in VIEWS:
-                self._collect(reader.name, _viewed(reader, index), factor, demands)
-            elif reader.op == "scale" and reader.real("factor") > 0:
-                self._collect(reader.name, index, factor * reader.real("factor"), demands)
-            elif (reader.name, position) in self.formats:
-                # Seen from the layer, before the scaling, a step is that much larger.
-                qparams = self._uniform(reader.name, position)
-                wanted = qparams if factor == 1.0 else _rescaled(qparams, 1 / factor)
-                channels = np.unique(index)
-                if not any(wanted == q and np.array_equal(channels, c) for q, c in demands):
-                    demands.append((wanted, channels))
 
     def _uniform(self, operation: str, position: int) -> UniformQParams:
         qparams = self.formats[operation, position]
         assert isinstance(qparams, UniformQParams), (operation, position, qparams)
         return qparams
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Plan:
-    """Per-channel target scales of one layer, the requests they answer, and the name they are kept under."""
-
-    scale: Scales
-    members: frozenset[tuple[str, UniformQParams]]
-    key: tuple[str, UniformQParams]
-
-
-def _saturation(qparams: UniformQParams) -> dict[str, int]:
-    return {"zero_point": qparams.zero_point, "qmin": qparams.qmin, "qmax": qparams.qmax}
-
-
-def _rescaled(qparams: UniformQParams, factor: float) -> UniformQParams:
-    return dataclasses.replace(qparams, scale=tuple(scale * factor for scale in qparams.scale))
-
-
-def _viewed(operation: Operation, array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-    """Apply a view to an array of the sample's shape."""
-    match operation.op:
-        case "reshape":
-            return array.reshape(operation.integers("shape"))
-        case "permute":
-            return array.transpose(operation.integers("axes"))
-    index = [slice(None)] * array.ndim
-    start, stop, step = (operation.integer(key) for key in ("start", "stop", "step"))
-    index[operation.integer("axis")] = slice(start, stop, step)
-    return array[tuple(index)]
-
-
-def _compress(array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Reduce every axis along which an array is constant to extent 1, and drop leading ones."""
-    for axis in range(array.ndim):
-        first = array.take([0], axis)
-        if array.shape[axis] > 1 and bool((array == first).all()):
-            array = first
-    while array.ndim > 1 and array.shape[0] == 1:
-        array = array[0]
-    return np.atleast_1d(array)

@@ -1,0 +1,100 @@
+"""Accuracy and bit-exactness of the embedded network on all 10,000 Fashion-MNIST test images.
+
+    python benchmarks/fashion_mnist.py --data /usr/share/datasets/fashion-mnist
+
+Prints top-1 of float, simulation, integers and ONNX Runtime, and whether TVM's logits equal the
+interpreter's in every bit at batch sizes 1, 7 and 64 with one and two threads. Exits with 1 if not.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor
+
+import ptq
+from ptq.compiled import compile_program
+from ptq.data import open_data
+from ptq.sources import load_model
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "examples" / "fashion_mnist_vit"
+BATCH_SIZES = (1, 7, 64)
+THREADS = (1, 2)
+
+
+def read_test_set(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read uint8 images (10000, 28, 28) and int64 labels (10000,) from the ``t10k`` files."""
+    images = gzip.decompress((folder / "t10k-images-idx3-ubyte.gz").read_bytes())
+    labels = gzip.decompress((folder / "t10k-labels-idx1-ubyte.gz").read_bytes())
+    return (
+        np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28),
+        np.frombuffer(labels, np.uint8, offset=8).astype(np.int64),
+    )
+
+
+def in_batches(run: object, images: Tensor, batch_size: int) -> Tensor:
+    """Apply a function of (batch, 1, 28, 28) to all images and join the logits."""
+    assert callable(run)
+    return torch.cat([run(batch) for batch in images.split(batch_size)])
+
+
+@click.command()
+@click.option("--data", type=click.Path(exists=True, path_type=Path), required=True, help="Folder of *-ubyte.gz files.")
+@click.option("--method", default="mse", show_default=True)
+@click.option("--bits", default="w8a8", show_default=True)
+@click.option("--limit", default=10_000, show_default=True, help="Use the first images only.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the results here too.")
+def main(data: Path, method: str, bits: str, limit: int, json_path: Path | None) -> None:
+    """Measure and print."""
+    loaded = load_model(str(MODEL))
+    raw, labels = read_test_set(data)
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(Path(folder) / "test.npz", images=raw[:limit], labels=labels[:limit])
+        test = open_data(str(Path(folder) / "test.npz"), loaded.preprocessing)
+        images = torch.cat([batch for batch, _ in test.batches(500)])
+        target = torch.from_numpy(labels[:limit])
+        calibration = open_data(str(MODEL / "calibration.npz"), loaded.preprocessing)
+        quantized = ptq.quantize(
+            loaded.module, (batch for batch, _ in calibration.batches(64)), method=method, bits=bits
+        )
+        onnx_path = Path(folder) / "model.onnx"
+        quantized.export_onnx(onnx_path)
+        session = onnxruntime.InferenceSession(onnx_path, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    runs = {
+        "float": quantized.float,
+        "simulate": quantized,
+        "integer": quantized.integer,
+        "onnxruntime": lambda batch: torch.from_numpy(session.run(None, {name: batch.numpy()})[0]),
+    }
+    results: dict[str, object] = {"method": method, "bits": bits, "images": len(images)}
+    logits = {backend: in_batches(run, images, 250) for backend, run in runs.items()}
+    for backend, values in logits.items():
+        results[backend] = 100.0 * float((values.argmax(1) == target).double().mean())
+        click.echo(f"{backend:12s} top-1 {results[backend]:.2f} %")
+    equal = True
+    for threads in THREADS:
+        compiled = compile_program(quantized.program, "cpu", threads)
+        for batch_size in BATCH_SIZES:
+            same = torch.equal(in_batches(compiled, images, batch_size), logits["integer"])
+            equal &= same
+            click.echo(
+                f"tvm, batch {batch_size:2d}, {threads} threads: {'equal in every bit' if same else 'DIFFERENT'}"
+            )
+    results["tvm_equal"] = equal
+    if json_path is not None:
+        json_path.write_text(json.dumps(results, indent=2) + "\n")
+    sys.exit(0 if equal else 1)
+
+
+if __name__ == "__main__":
+    main()

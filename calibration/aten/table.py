@@ -1,0 +1,82 @@
+"""ATen operator to converter, as one literal table."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from calibration.aten import elementwise, layers, views
+
+CONVERTERS: Mapping[str, Callable[..., Any]] = MappingProxyType(
+    {
+        str(operator.getitem): views.getitem,
+        str(operator.mul): views.size,
+        str(operator.floordiv): views.size,
+        str(operator.add): views.size,
+        str(operator.sub): views.size,
+        "aten.sym_size.int": views.size,
+        "aten.clone.default": views.identity,
+        "aten.contiguous.default": views.identity,
+        "aten.detach.default": views.identity,
+        "aten.alias.default": views.identity,
+        "aten.dropout.default": views.identity,
+        "aten._to_copy.default": views.identity,
+        "aten.to.dtype": views.identity,
+        "aten.lift_fresh_copy.default": views.identity,
+        "aten.view.default": views.reshape,
+        "aten._unsafe_view.default": views.reshape,
+        "aten.reshape.default": views.reshape,
+        "aten.flatten.using_ints": views.reshape,
+        "aten.unflatten.int": views.reshape,
+        "aten.squeeze.dim": views.reshape,
+        "aten.squeeze.dims": views.reshape,
+        "aten.unsqueeze.default": views.reshape,
+        "aten.permute.default": views.permute,
+        "aten.transpose.int": views.transpose,
+        "aten.t.default": views.transpose_matrix,
+        "aten.expand.default": views.expand,
+        "aten.slice.Tensor": views.slice_axis,
+        "aten.select.int": views.select,
+        "aten.unbind.int": views.unbind,
+        "aten.split.Tensor": views.split,
+        "aten.split_with_sizes.default": views.split,
+        "aten.chunk.default": views.split,
+        "aten.cat.default": views.cat,
+        "aten.roll.default": views.roll,
+        "aten.pad.default": views.pad,
+        "aten.constant_pad_nd.default": lambda c, x, padding, value=0.0: views.pad(c, x, padding, "constant", value),
+        "aten.linear.default": layers.linear,
+        "aten.addmm.default": layers.addmm,
+        "aten.mm.default": layers.matmul,
+        "aten.matmul.default": layers.matmul,
+        "aten.bmm.default": layers.matmul,
+        "aten.conv2d.default": layers.conv2d,
+        "aten.conv2d.padding": layers.conv2d,
+        "aten.scaled_dot_product_attention.default": layers.attention,
+        "aten.softmax.int": layers.softmax,
+        "aten._softmax.default": layers.softmax,
+        "aten.layer_norm.default": layers.layer_norm,
+        "aten.batch_norm.default": layers.batch_norm,
+        "aten._native_batch_norm_legit_no_training.default": layers.batch_norm,
+        "aten.gelu.default": elementwise.gelu,
+        "aten.relu.default": elementwise.unary("relu"),
+        "aten.relu6.default": elementwise.unary("relu6"),
+        "aten.silu.default": elementwise.unary("silu"),
+        "aten.sigmoid.default": elementwise.unary("sigmoid"),
+        "aten.tanh.default": elementwise.unary("tanh"),
+        "aten.hardswish.default": elementwise.unary("hardswish"),
+        "aten.hardsigmoid.default": elementwise.unary("hardsigmoid"),
+        "aten.add.Tensor": elementwise.add,
+        "aten.add.Scalar": elementwise.add,
+        "aten.sub.Tensor": elementwise.subtract,
+        "aten.sub.Scalar": elementwise.subtract,
+        "aten.mul.Tensor": elementwise.multiply,
+        "aten.mul.Scalar": elementwise.multiply,
+        "aten.div.Tensor": elementwise.divide,
+        "aten.div.Scalar": elementwise.divide,
+        "aten.mean.dim": elementwise.mean,
+        "aten.adaptive_avg_pool2d.default": elementwise.pool_to_one,
+    }
+)

@@ -1,0 +1,158 @@
+"""A Calibrated as two files: ``model.json`` (graph, recipe, sites) and ``model.safetensors`` (float weights).
+
+The same object gives the same bytes, and reading them gives back an equal one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from calibration.engine import Calibrated, CalibratedSite, QParams
+from calibration.graph import Attribute, Graph, Operation
+from calibration.rules import Recipe, Rule
+from calibration.sites import Site
+from quantizers.errors import ArtifactError
+from quantizers.row_relative import RowRelativeQParams
+from quantizers.spec import QuantSpec
+from quantizers.uniform import UniformQParams
+
+FORMAT_VERSION = 1
+_KEYS = {"format_version", "graph", "recipe", "sites", "num_images", "fingerprint"}
+
+
+def calibrated_to_bytes(calibrated: Calibrated) -> tuple[bytes, bytes]:
+    """Return the JSON and the safetensors bytes."""
+    structure = {
+        "format_version": FORMAT_VERSION,
+        "graph": _graph_to_json(calibrated.graph),
+        "recipe": recipe_to_json(calibrated.recipe),
+        "sites": [
+            {
+                **dataclasses.asdict(entry.site),
+                "spec": dataclasses.asdict(entry.spec),
+                "format": format_name(entry.qparams),
+                "qparams": dataclasses.asdict(entry.qparams),
+            }
+            for entry in calibrated.sites
+        ],
+        "num_images": calibrated.num_images,
+        "fingerprint": calibrated.fingerprint,
+    }
+    return _dump(structure), tensors_to_bytes(calibrated.graph.constants)
+
+
+def calibrated_from_bytes(structure: bytes, tensors: bytes) -> Calibrated:
+    """Rebuild a Calibrated.
+
+    Raises:
+        ArtifactError: the bytes are not a calibrated model of this format version.
+    """
+    try:
+        document = json.loads(structure)
+        constants = safetensors.torch.load(tensors)
+    except (ValueError, SafetensorError) as error:
+        raise ArtifactError(f"the calibrated model cannot be read: {error}; quantize it again") from error
+    if not isinstance(document, dict) or set(document) != _KEYS:
+        found = sorted(document) if isinstance(document, dict) else type(document).__name__
+        raise ArtifactError(f"model.json: expected the keys {sorted(_KEYS)}, found {found}")
+    if document["format_version"] != FORMAT_VERSION:
+        raise ArtifactError(
+            f"model.json has format version {document['format_version']}, this version reads {FORMAT_VERSION}"
+        )
+    try:
+        return Calibrated(
+            graph=_graph_from_json(document["graph"], constants),
+            recipe=recipe_from_json(document["recipe"]),
+            sites=tuple(_site_from_json(entry) for entry in document["sites"]),
+            num_images=document["num_images"],
+            fingerprint=document["fingerprint"],
+        )
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"model.json: wrong or missing entry {error}; quantize the model again") from error
+
+
+def graph_to_bytes(graph: Graph) -> tuple[bytes, bytes]:
+    """Return the structure of a graph as JSON and its constants as safetensors."""
+    return _dump(_graph_to_json(graph)), tensors_to_bytes(graph.constants)
+
+
+def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return tensors as safetensors, sorted by name."""
+    return safetensors.torch.save({name: tensors[name].contiguous().clone() for name in sorted(tensors)})
+
+
+def format_name(qparams: QParams) -> str:
+    """Return the name of a number format as artifacts and reports spell it."""
+    return "row_relative" if isinstance(qparams, RowRelativeQParams) else "uniform"
+
+
+def recipe_to_json(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as plain lists and mappings."""
+    return {"name": recipe.name, "rules": [dataclasses.asdict(rule) for rule in recipe.rules]}
+
+
+def recipe_from_json(document: Mapping[str, Any]) -> Recipe:
+    """Rebuild a recipe that :func:`recipe_to_json` wrote."""
+    rules = tuple(Rule(**{**rule, "spec": QuantSpec(**rule["spec"])}) for rule in document["rules"])
+    return Recipe(document["name"], rules)
+
+
+def _dump(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _graph_to_json(graph: Graph) -> dict[str, Any]:
+    return {
+        "inputs": [{"name": name, "shape": list(shape)} for name, shape in graph.inputs],
+        "operations": [dataclasses.asdict(operation) for operation in graph.operations],
+        "outputs": [{"name": name, "value": value} for name, value in graph.outputs],
+    }
+
+
+def _graph_from_json(document: Mapping[str, Any], constants: Mapping[str, Tensor]) -> Graph:
+    def attribute(value: Any) -> Attribute:
+        return tuple(value) if isinstance(value, list) else value
+
+    operations = tuple(
+        Operation(
+            name=entry["name"],
+            op=entry["op"],
+            inputs=tuple(entry["inputs"]),
+            attributes={key: attribute(value) for key, value in entry["attributes"].items()},
+            shape=tuple(entry["shape"]),
+            module=entry["module"],
+        )
+        for entry in document["operations"]
+    )
+    known = {entry["name"] for entry in document["inputs"]} | set(constants)
+    for operation in operations:
+        for name in operation.inputs:
+            if name not in known:
+                raise ArtifactError(f"model.json: operation {operation.name} reads {name}, which is not there")
+        known.add(operation.name)
+    return Graph(
+        tuple((entry["name"], tuple(entry["shape"])) for entry in document["inputs"]),
+        dict(sorted(constants.items())),
+        operations,
+        tuple((entry["name"], entry["value"]) for entry in document["outputs"]),
+    )
+
+
+def _site_from_json(entry: Mapping[str, Any]) -> CalibratedSite:
+    site = Site(entry["name"], entry["kind"], entry["value"], tuple((name, index) for name, index in entry["edges"]))
+    values = entry["qparams"]
+    qparams: QParams
+    if entry["format"] == "row_relative":
+        qparams = RowRelativeQParams(**values)
+    elif entry["format"] == "uniform":
+        qparams = UniformQParams(**{**values, "scale": tuple(values["scale"])})
+    else:
+        raise ArtifactError(f"site {site.name}: unknown format {entry['format']!r}")
+    return CalibratedSite(site, QuantSpec(**entry["spec"]), qparams)

@@ -1,0 +1,52 @@
+"""The bridge from torch to the TVM runtime, which knows only arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantizers.integer.program import IntegerProgram
+
+#: What ``cpu`` means to the compiler: the machine at hand.
+_ALIASES = {"cpu": "native"}
+
+
+def compile_program(program: IntegerProgram, target: str, threads: int | None) -> Callable[..., Any]:
+    """Compile a program for this process; see :meth:`ptq.Quantized.compile`."""
+    from tvm_backend.build import build
+    from tvm_backend.runtime import CompiledProgram
+
+    return adapt(CompiledProgram(build(program, _ALIASES.get(target, target)), threads=threads))
+
+
+def load_compiled(directory: Path, threads: int | None) -> Callable[..., Any]:
+    """Load a bundle; the function takes tensors or arrays and returns the same kind."""
+    from tvm_backend.runtime import load
+
+    return adapt(load(directory, threads=threads))
+
+
+def write_bundle(program: IntegerProgram, directory: Path, target: str) -> None:
+    """Compile a program and write its bundle; see :meth:`ptq.Quantized.export_tvm`."""
+    from tvm_backend.build import build
+    from tvm_backend.bundle import save_bundle
+
+    save_bundle(build(program, _ALIASES.get(target, target)), directory)
+
+
+def adapt(run: Callable[..., tuple[np.ndarray, ...]]) -> Callable[..., Any]:
+    """Let a function of arrays take tensors too; one result comes alone, several as a tuple."""
+
+    def call(*inputs: Tensor | np.ndarray) -> Any:
+        as_tensors = any(isinstance(x, Tensor) for x in inputs)
+        results: tuple[Any, ...] = run(*(x.numpy() if isinstance(x, Tensor) else x for x in inputs))
+        if as_tensors:
+            results = tuple(torch.from_numpy(result) for result in results)
+        return results[0] if len(results) == 1 else results
+
+    return call
