@@ -84,10 +84,10 @@ class _Writer:
         ]
         values = {self._plan.sources[name] for step in self._plan.steps for name in step.inputs}
         values |= {self._plan.sources[value] for _, value in program.outputs}
-        standing = {
-            name: self._pool.add(array[None]) for name, array in program.constants.items() if name in values
-        }
-        inputs = [relax.Var(name, self._type(Operand(kind), Layout.natural(kind.shape))) for name, kind in program.inputs]
+        standing = {name: self._pool.add(array[None]) for name, array in program.constants.items() if name in values}
+        inputs = [
+            relax.Var(name, self._type(Operand(kind), Layout.natural(kind.shape))) for name, kind in program.inputs
+        ]
         types = [relax.TensorType(array.shape, array.dtype.name) for array in self._pool.arrays]
         self._parameters = relax.Var("constants", relax.TupleType(types))
         with self._builder.function(ENTRY, [*inputs, self._parameters]):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -101,7 +102,11 @@ def get_target(name: str) -> CpuTarget:
 
 
 def check_runnable(
-    name: str, arch: str, required: tuple[str, ...], features: Set[str] | None = None, machine: str | None = None
+    name: str,
+    arch: str,
+    required: tuple[str, ...],
+    features: AbstractSet[str] | None = None,
+    machine: str | None = None,
 ) -> None:
     """Refuse a bundle that this machine cannot run.
 

@@ -9,8 +9,7 @@ from tvm_backend.imports import import_tvm
 from tvm_backend.kernels.cpu.function import Expr, script
 
 
-
-def literal(value: int | float, dtype: str, lanes: int = 1) -> Expr:
+def literal(value: float, dtype: str, lanes: int = 1) -> Expr:
     """Return a constant, repeated for each lane."""
     constant = import_tvm("tvm.tirx").const(value, dtype)
     return script().broadcast(constant, lanes) if lanes > 1 else constant
@@ -29,9 +28,7 @@ def minus(value: Expr, offset: int, dtype: str, lanes: int = 1) -> Expr:
 
 def shift_round(value: Expr, shift: int, lanes: int = 1) -> Expr:
     """Return ``(value + 2^(shift-1)) >> shift`` of int64, arithmetic shift."""
-    return script().shift_right(
-        value + literal(1 << (shift - 1), "int64", lanes), literal(shift, "int64", lanes)
-    )
+    return script().shift_right(value + literal(1 << (shift - 1), "int64", lanes), literal(shift, "int64", lanes))
 
 
 def saturate(value: Expr, node: Node, lanes: int = 1) -> Expr:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tvm_backend.kernels.cpu.arithmetic import cast, literal
-from tvm_backend.kernels.cpu.function import Buffer, Expr, script
+from tvm_backend.kernels.cpu.function import Buffer, Expr, local, script
 from tvm_backend.targets import CpuTarget
 
 LANES = 16
@@ -56,9 +56,14 @@ class Tile:
         return -(-depth // self.group)
 
 
-def lane(tile: Tile, row: int, vector: int) -> Expr:
-    """Return the index of one accumulator vector."""
-    return script().ramp((row * tile.vectors + vector) * LANES, 1, LANES)
+def accumulators(tile: Tile) -> list[Buffer]:
+    """Declare the accumulators, one buffer a row: TVM puts a larger buffer on the heap, where LLVM leaves it."""
+    return [local(tile.width, "int32") for _ in range(tile.rows)]
+
+
+def lane(vector: int) -> Expr:
+    """Return the index of one vector in a row of accumulators."""
+    return script().ramp(vector * LANES, 1, LANES)
 
 
 def dot4(accumulator: Expr, unsigned: Expr, signed: Expr) -> Expr:
@@ -88,6 +93,7 @@ def load_group(left: Buffer, prefix: list[Expr], start: Expr, count: int, *, sig
         prefix: index of the row.
         start: first code.
         count: 4, or fewer at the end of a row; the rest then has no meaning beyond being defined.
+        signed: whether the codes are int8.
     """
     tirx = script()
     if count == 4:

@@ -45,9 +45,7 @@ def broadcast_row(row: Expr, lead: tuple[int, ...], own: tuple[int, ...], *, bat
     return index + (row // below) * stride if batched else index
 
 
-def _elementwise(
-    node: Node, operands: Sequence[Operand], element: Element, tables: Sequence[Array] = ()
-) -> Kernel:
+def _elementwise(node: Node, operands: Sequence[Operand], element: Element, tables: Sequence[Array] = ()) -> Kernel:
     """Emit ``result[...] = element(operands...)``; ``tables`` are passed to ``element`` whole."""
     tirx = script()
     shape = node.type.shape or (1,)
@@ -125,7 +123,7 @@ def emit_quantize(node: Node, operands: Sequence[Operand], _target: CpuTarget) -
 
     # The scale is an argument, not a literal: TVM turns a division by a literal into a multiplication by
     # its reciprocal, which rounds differently.
-    return _elementwise(node, operands, element, [np.float32([node.real("scale")])])
+    return _elementwise(node, operands, element, [np.array([node.real("scale")], np.float32)])
 
 
 def emit_dequantize(node: Node, operands: Sequence[Operand], _target: CpuTarget) -> Kernel:
@@ -135,5 +133,3 @@ def emit_dequantize(node: Node, operands: Sequence[Operand], _target: CpuTarget)
         return cast(minus(x, node.integer("zero_point"), "int32"), "float32") * scale
 
     return _elementwise(node, operands, element)
-
-

@@ -21,6 +21,14 @@ def script() -> Any:
     return import_tvm("tvm.script.ir_builder.tirx")
 
 
+def local(length: int, dtype: str) -> Buffer:
+    """Declare a small array on the stack, whose elements LLVM may keep in registers.
+
+    Without the annotation TVM takes even one element from a heap, with a call each time.
+    """
+    return script().alloc_buffer((length,), dtype, scope="local", annotations={"disable_lower_builtin": True})
+
+
 class Function:
     """Collects the arguments of one kernel while its body is written.
 

@@ -8,7 +8,7 @@ from quantizers.integer.ops import LAYER_NORM_FRACTION_BITS
 from quantizers.integer.program import Node
 from tvm_backend.imports import import_tvm
 from tvm_backend.kernels.cpu.arithmetic import cast, literal, saturate, shift_round
-from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, script
+from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, local, script
 from tvm_backend.kernels.kernel import Kernel, Layout, Operand
 from tvm_backend.targets import CpuTarget
 
@@ -20,7 +20,7 @@ _NEWTON_STEPS = 5
 def _local(value: Expr) -> Buffer:
     """Hold an int64 in a local variable, which a loop may update."""
     tirx = script()
-    buffer = tirx.sblock_alloc_buffer((1,), "int64", scope="local")
+    buffer = local(1, "int64")
     tirx.buffer_store(buffer, value, [0])
     return buffer
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from quantizers.integer.program import Node
 from tvm_backend.kernels.cpu.arithmetic import cast, requantize
-from tvm_backend.kernels.cpu.dot import LANES, Tile, dot4, lane, load_group
-from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, script
+from tvm_backend.kernels.cpu.dot import LANES, Tile, accumulators, dot4, lane, load_group
+from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, local, script
 from tvm_backend.kernels.kernel import Array, Kernel, Layout, Operand
 from tvm_backend.targets import CpuTarget
 
@@ -51,20 +51,20 @@ class _Task:
     result: Buffer
     rows: Expr
 
-    def accumulate(self, sums: Buffer, first_row: Expr, column_tile: Expr) -> None:
+    def accumulate(self, sums: Sequence[Buffer], first_row: Expr, column_tile: Expr) -> None:
         """Compute one tile of sums, bias included."""
         tirx, tile = script(), self.tile
         for i in range(tile.rows):
             for v in range(tile.vectors):
                 start = self.bias[tirx.ramp(column_tile * tile.width + v * LANES, 1, LANES)]
-                tirx.buffer_store(sums, start, [lane(tile, i, v)])
+                tirx.buffer_store(sums[i], start, [lane(v)])
         whole = self.depth // tile.group
         with tirx.serial(whole) as group:
             self._step(sums, first_row, column_tile, group, tile.group)
         if self.depth % tile.group:
             self._step(sums, first_row, column_tile, whole, self.depth % tile.group)
 
-    def _step(self, sums: Buffer, first_row: Expr, column_tile: Expr, group: Expr, count: int) -> None:
+    def _step(self, sums: Sequence[Buffer], first_row: Expr, column_tile: Expr, group: Expr, count: int) -> None:
         tirx, tile = script(), self.tile
         length = LANES * tile.group
         for i in range(tile.rows):
@@ -76,18 +76,18 @@ class _Task:
                 word = cast(self.x[row, group], "int32")
             for v in range(tile.vectors):
                 weights = self.weight.vload([column_tile, group, v * length], f"int8x{length}")
-                old = sums[lane(tile, i, v)]
+                old = sums[i][lane(v)]
                 codes = tirx.broadcast(word, LANES)
                 new = dot4(old, codes, weights) if tile.group == 4 else old + codes * cast(weights, "int32", LANES)
-                tirx.buffer_store(sums, new, [lane(tile, i, v)])
+                tirx.buffer_store(sums[i], new, [lane(v)])
 
-    def _finished(self, sums: Buffer, row: int, vector: int, column: Expr) -> Expr:
-        value = sums[lane(self.tile, row, vector)]
+    def _finished(self, sums: Sequence[Buffer], row: int, vector: int, column: Expr) -> Expr:
+        value = sums[row][lane(vector)]
         if self.multiplier is None:
             return value
         return requantize(self.node, value, self.multiplier[script().ramp(column, 1, LANES)], LANES)
 
-    def store(self, sums: Buffer, first_row: Expr, column_tile: Expr, columns: int) -> None:
+    def store(self, sums: Sequence[Buffer], first_row: Expr, column_tile: Expr, columns: int) -> None:
         """Store the first ``columns`` columns of a tile, for the rows that exist."""
         tirx, tile = script(), self.tile
         for i in range(tile.rows):
@@ -98,7 +98,7 @@ class _Task:
                     if (v + 1) * LANES <= columns:
                         tirx.buffer_store(self.result, value, [first_row + i, tirx.ramp(column, 1, LANES)])
                         continue
-                    partial = tirx.sblock_alloc_buffer((LANES,), self.result.dtype, scope="local")
+                    partial = local(LANES, self.result.dtype)
                     tirx.buffer_store(partial, value, [tirx.ramp(0, 1, LANES)])
                     with tirx.serial(columns - v * LANES) as j:
                         tirx.buffer_store(self.result, partial[j], [first_row + i, column + j])
@@ -147,7 +147,7 @@ def emit_linear(
             column_tile = index // chunks
             first_row = (index % chunks) * rows_per_task + step * tile.rows
             with tirx.If(first_row < function.rows), tirx.Then():
-                sums = tirx.sblock_alloc_buffer((tile.rows * tile.width,), "int32", scope="local")
+                sums = accumulators(tile)
                 task.accumulate(sums, first_row, column_tile)
                 rest = count - (tiles - 1) * tile.width
                 if rest == tile.width:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from quantizers.integer.program import Node
 from tvm_backend.kernels.cpu.arithmetic import cast, literal, minus
-from tvm_backend.kernels.cpu.dot import LANES, Tile, dot4, lane, load_group
-from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, script
+from tvm_backend.kernels.cpu.dot import LANES, Tile, accumulators, dot4, lane, load_group
+from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, local, script
 from tvm_backend.kernels.kernel import Kernel, Layout, Operand
 from tvm_backend.targets import CpuTarget
 
@@ -46,7 +46,7 @@ class _Product:
         tirx, tile = script(), self.tile
         tiles, groups = tile.columns(self.count), tile.groups(self.depth)
         shape = (tiles, groups, tile.width * tile.group)
-        packed = tirx.sblock_alloc_buffer(shape, self.packed_dtype, scope="global")
+        packed = tirx.alloc_buffer(shape, self.packed_dtype, scope="global")
         with (
             tirx.serial(tiles) as t,
             tirx.serial(groups) as group,
@@ -63,31 +63,33 @@ class _Product:
     def column_terms(self, packed: Buffer, t: Expr) -> Buffer:
         """Return what each column's accumulators start from."""
         tirx, tile = script(), self.tile
-        start = tirx.sblock_alloc_buffer((tile.width,), "int32", scope="local")
+        start = local(tile.width, "int32")
         for v in range(tile.vectors):
-            at = tirx.ramp(v * LANES, 1, LANES)
+            at = lane(v)
             tirx.buffer_store(start, literal(0, "int32", LANES), [at])
         if tile.group == 4 and self.zero_a:
             ones = literal(0x01010101, "int32", LANES)
             with tirx.serial(tile.groups(self.depth)) as group:
                 for v in range(tile.vectors):
-                    at = tirx.ramp(v * LANES, 1, LANES)
+                    at = lane(v)
                     codes = packed.vload([t, group, v * LANES * 4], f"int8x{LANES * 4}")
                     tirx.buffer_store(start, dot4(start[at], ones, codes), [at])
             for v in range(tile.vectors):
-                at = tirx.ramp(v * LANES, 1, LANES)
+                at = lane(v)
                 term = literal(self.depth * self.zero_b * self.zero_a, "int32", LANES)
                 tirx.buffer_store(start, term - start[at] * literal(self.zero_a, "int32", LANES), [at])
         return start
 
-    def multiply(self, item: Expr, packed: Buffer, t: Expr, first_row: Expr, start: Buffer) -> tuple[Buffer, Buffer]:
+    def multiply(
+        self, item: Expr, packed: Buffer, t: Expr, first_row: Expr, start: Buffer
+    ) -> tuple[list[Buffer], Buffer]:
         """Compute one tile; returns its sums and, where zero_b asks for it, the sum of each row of a."""
         tirx, tile = script(), self.tile
-        sums = tirx.sblock_alloc_buffer((tile.rows * tile.width,), "int32", scope="local")
-        row_sums = tirx.sblock_alloc_buffer((tile.rows * LANES,), "int32", scope="local")
+        sums = accumulators(tile)
+        row_sums = local(tile.rows * LANES, "int32")
         for i in range(tile.rows):
             for v in range(tile.vectors):
-                tirx.buffer_store(sums, start[tirx.ramp(v * LANES, 1, LANES)], [lane(tile, i, v)])
+                tirx.buffer_store(sums[i], start[lane(v)], [lane(v)])
             if tile.group == 4 and self.zero_b:
                 tirx.buffer_store(row_sums, literal(0, "int32", LANES), [tirx.ramp(i * LANES, 1, LANES)])
         whole = self.depth // tile.group
@@ -105,8 +107,8 @@ class _Product:
         first_row: Expr,
         group: Expr,
         count: int,
-        sums: Buffer,
-        row_sums: Buffer,
+        sums: Sequence[Buffer],
+        row_sums: Sequence[Buffer],
     ) -> None:
         tirx, tile = script(), self.tile
         length = LANES * tile.group
@@ -119,9 +121,9 @@ class _Product:
             codes = tirx.broadcast(word, LANES)
             for v in range(tile.vectors):
                 right = packed.vload([t, group, v * length], f"{self.packed_dtype}x{length}")
-                old = sums[lane(tile, i, v)]
+                old = sums[i][lane(v)]
                 new = dot4(old, codes, right) if tile.group == 4 else old + codes * cast(right, "int32", LANES)
-                tirx.buffer_store(sums, new, [lane(tile, i, v)])
+                tirx.buffer_store(sums[i], new, [lane(v)])
             if tile.group == 4 and self.zero_b:
                 # The codes beyond the end of a row are not zero here, so the ones beside them are.
                 ones = literal(0x01010101 >> (8 * (4 - count)), "int32", LANES)
@@ -130,14 +132,14 @@ class _Product:
                 tirx.buffer_store(row_sums, dot4(row_sums[at], codes, ones_bytes), [at])
 
     def store(
-        self, item: Expr, t: Expr, first_row: Expr, columns: int, sums: Buffer, row_sums: Buffer
+        self, item: Expr, t: Expr, first_row: Expr, columns: int, sums: Sequence[Buffer], row_sums: Sequence[Buffer]
     ) -> None:
         """Store the first ``columns`` columns of a tile, for the rows that exist."""
         tirx, tile = script(), self.tile
         for i in range(tile.rows):
             with tirx.If(first_row + i < self.rows), tirx.Then():
                 for v in range(-(-columns // LANES)):
-                    value = sums[lane(tile, i, v)]
+                    value = sums[i][lane(v)]
                     if tile.group == 4 and self.zero_b:
                         correction = row_sums[tirx.ramp(i * LANES, 1, LANES)] * literal(self.zero_b, "int32", LANES)
                         value = value - correction
@@ -145,7 +147,7 @@ class _Product:
                     if (v + 1) * LANES <= columns:
                         tirx.buffer_store(self.result, value, [item, first_row + i, tirx.ramp(column, 1, LANES)])
                         continue
-                    partial = tirx.sblock_alloc_buffer((LANES,), "int32", scope="local")
+                    partial = local(LANES, "int32")
                     tirx.buffer_store(partial, value, [tirx.ramp(0, 1, LANES)])
                     with tirx.serial(columns - v * LANES) as j:
                         tirx.buffer_store(self.result, partial[j], [item, first_row + i, column + j])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from quantizers.integer.program import INTEGER_RANGES, Node
 from tvm_backend.imports import import_tvm
 from tvm_backend.kernels.cpu.arithmetic import cast, literal, saturate, shift_round
-from tvm_backend.kernels.cpu.function import Function, script
+from tvm_backend.kernels.cpu.function import Function, local, script
 from tvm_backend.kernels.kernel import Kernel, Layout, Operand
 from tvm_backend.targets import CpuTarget
 
@@ -22,7 +22,7 @@ def emit_exponentials(node: Node, operands: Sequence[Operand], _target: CpuTarge
         codes, entries = function.value(0, layout), function.constant(table.constant())
         result = function.result()
         with tirx.parallel(function.rows) as row:
-            largest = tirx.sblock_alloc_buffer((1,), "int32", scope="local")
+            largest = local(1, "int32")
             tirx.buffer_store(largest, literal(INTEGER_RANGES[x.type.dtype][0], "int32"), [0])
             with tirx.serial(layout.tail[0]) as column:
                 tirx.buffer_store(largest, tirx.max(largest[0], cast(codes[row, column], "int32")), [0])
@@ -41,7 +41,7 @@ def emit_row_sum(node: Node, operands: Sequence[Operand], _target: CpuTarget) ->
         x = function.value(0, source)
         result = function.result()
         with tirx.parallel(function.rows) as row:
-            total = tirx.sblock_alloc_buffer((1,), "int32", scope="local")
+            total = local(1, "int32")
             tirx.buffer_store(total, literal(0, "int32"), [0])
             with tirx.serial(source.tail[0]) as column:
                 tirx.buffer_store(total, total[0] + cast(x[row, column], "int32"), [0])
@@ -58,7 +58,7 @@ def emit_normalize_rows(node: Node, operands: Sequence[Operand], _target: CpuTar
         x, total = function.value(0, layout), function.value(1, Layout.matrix(operands[1].type.shape))
         result = function.result()
         with tirx.parallel(function.rows) as row:
-            reciprocal = tirx.sblock_alloc_buffer((1,), "int64", scope="local")
+            reciprocal = local(1, "int64")
             numerator = literal(node.integer("numerator"), "int64")
             # Both are positive, where truncation is the floor.
             quotient = import_tvm("tvm.tirx").truncdiv(numerator, cast(total[row, 0], "int64"))
