@@ -161,6 +161,9 @@ def _observe(
                 continue
             if known and digests[: len(known)] != known:
                 raise DataError("the images differ from those of the interrupted run; start without resume")
+            if store is not None and len(batch[0]) < MICRO_BATCH:
+                # What is kept never covers a part of a micro-batch: a longer run fills it with more images.
+                store.save(stats, digests[: -len(batch[0])])
             results = execute(graph, batch, on_edge)
             for index, result in enumerate(results):
                 # An output that is an accumulator is not observed, but what it holds matters as much.
@@ -176,7 +179,7 @@ def _observe(
         raise DataError("calibration needs at least one image, got none")
     if digests[: len(known)] != known:
         raise DataError("the images differ from those of the interrupted run; start without resume")
-    if store is not None:
+    if store is not None and len(digests) % MICRO_BATCH == 0:
         store.save(stats, digests)
     return stats, len(digests), hashlib.sha256("".join(digests).encode()).hexdigest()
 
