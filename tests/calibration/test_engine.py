@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from support.models import Formula, calibrated, images, model, ours, recipe, spr
 from torch import Tensor, nn
 from torch.nn import functional
 
+from calibration.checkpoint import StatisticsStore
 from calibration.engine import Calibrated, calibrate
 from calibration.graph import execute
 from calibration.integerize import integerize
@@ -201,6 +203,44 @@ def test_a_bias_that_dwarfs_its_weight_fits() -> None:
     result = calibrate(trace(layer, (x,)), samples(x), recipe())
     (found,) = interpret(integerize(result), x)
     torch.testing.assert_close(found, layer(x).detach(), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("killed_after", [3, 8, 13, 16])
+def test_resume_gives_the_same_result(killed_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was killed anywhere, and goes on from its store, ends with the parameters of an unbroken run."""
+    monkeypatch.setattr("calibration.engine._SAVE_INTERVAL", -1.0)
+    x, store = images("ours", 19), StatisticsStore(tmp_path, "key")
+
+    def interrupted() -> Iterator[tuple[Tensor, ...]]:
+        yield from samples(x[:killed_after])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(traced("ours"), interrupted(), recipe(search="mse"), store=store)
+    resumed = calibrate(traced("ours"), samples(x), recipe(search="mse"), store=store)
+    unbroken = calibrate(traced("ours"), samples(x), recipe(search="mse"))
+    assert resumed.sites == unbroken.sites
+    assert (resumed.fingerprint, resumed.num_images) == (unbroken.fingerprint, 19)
+
+
+@pytest.mark.parametrize("count", [3, 8, 10, 16])
+def test_a_finished_run_can_go_on_with_more_images(count: int, tmp_path: Path) -> None:
+    """Each image is counted once, also where the first run ended inside a micro-batch."""
+    x, store = images("ours", 19), StatisticsStore(tmp_path, "key")
+    calibrate(traced("ours"), samples(x[:count]), recipe(search="mse"), store=store)
+    longer = calibrate(traced("ours"), samples(x), recipe(search="mse"), store=store)
+    assert longer.sites == calibrate(traced("ours"), samples(x), recipe(search="mse")).sites
+    stats, _ = store.load() or ({}, [])
+    assert stats["patch_embed.proj.input"].count == 16 * 64
+
+
+def test_other_images_than_those_of_the_interrupted_run_are_refused(tmp_path: Path) -> None:
+    """Going on with other images would mix two data sets."""
+    x, store = images("ours", 16), StatisticsStore(tmp_path, "key")
+    calibrate(traced("ours"), samples(x), recipe(), store=store)
+    for other in (x.flip(0), x[:5]):
+        with pytest.raises(DataError, match="the images differ from those of the interrupted run"):
+            calibrate(traced("ours"), samples(other), recipe(), store=store)
 
 
 def test_no_image_is_refused() -> None:
