@@ -1,4 +1,7 @@
-"""Imports go one way. The table is the one of the design; a breach fails with file and line."""
+"""Imports go one way. The table is the one of the design; a breach fails with file and line.
+
+That heavy packages load only when they are needed is tested in ``test_light_imports.py``, in fresh processes.
+"""
 
 from __future__ import annotations
 
@@ -23,56 +26,34 @@ ALLOWED = {
     },
 }
 
-#: The heavy ones of ``ptq`` and the extras: inside functions only, so that ``import ptq`` stays light.
-LOCAL_ONLY = {
-    "ptq": {
-        *("tvm_backend", "onnx", "onnxruntime"),
-        *("PIL", "huggingface_hub", "matplotlib", "timm", "torchvision", "transformers"),
-    }
-}
 
-
-def imported(source: str, package: tuple[str, ...] = ()) -> list[tuple[int, str, bool]]:
-    """Return line, top package and whether it is at module level, of every import for other than type checking.
+def imported(source: str, package: str) -> list[tuple[int, str]]:
+    """Return line and top package of every import, at module level or inside functions.
 
     Args:
         source: text of a module.
         package: the package that holds the module, for relative imports.
     """
-    found: list[tuple[int, str, bool]] = []
-
-    def visit(node: ast.AST, top: bool) -> None:
+    found: list[tuple[int, str]] = []
+    for node in ast.walk(ast.parse(source)):
+        names: list[object] = []
         if isinstance(node, ast.Import):
-            found.extend((node.lineno, alias.name.partition(".")[0], top) for alias in node.names)
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            name = (node.module or "").partition(".")[0] if node.level == 0 else package[0]
-            found.append((node.lineno, name, top))
+            names = [node.module if node.level == 0 else package]
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("__import__", "importlib.import_module"):
             names = [argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant)]
-            found.extend((node.lineno, str(name).partition(".")[0], top) for name in names)
-        if isinstance(node, ast.If) and ast.unparse(node.test).removeprefix("typing.") == "TYPE_CHECKING":
-            for child in [*node.body, *node.orelse]:
-                visit(child, False)
-            return
-        inner = top and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        for child in ast.iter_child_nodes(node):
-            visit(child, inner)
-
-    visit(ast.parse(source), True)
-    return found
+        found.extend((node.lineno, str(name).partition(".")[0]) for name in names)
+    return sorted(found)
 
 
 def breaches(owner: str, path: str, source: str) -> list[str]:
     """Return one line for each import of a module that the table forbids."""
-    lines = []
-    for line, name, top in imported(source, (owner,)):
-        if name in (owner, "__future__") or name in sys.stdlib_module_names:
-            continue
-        if name not in ALLOWED[owner]:
-            lines.append(f"{path}:{line}: {owner} may not import {name}")
-        elif top and name in LOCAL_ONLY.get(owner, ()):
-            lines.append(f"{path}:{line}: {owner} imports {name} at module level; import it where it is used")
-    return lines
+    return [
+        f"{path}:{line}: {owner} may not import {name}"
+        for line, name in imported(source, owner)
+        if name != owner and name not in sys.stdlib_module_names and name not in ALLOWED[owner]
+    ]
 
 
 def modules(package: str) -> list[Path]:
@@ -100,7 +81,6 @@ def test_imports_of_a_package_follow_the_table(package: str) -> None:
         ("quantizers", "import importlib\nimportlib.import_module('ptq.api')", "m.py:2: quantizers may not import ptq"),
         ("calibration", "if True:\n  from ptq import api", "m.py:2: calibration may not import ptq"),
         ("ptq", "import requests", "m.py:1: ptq may not import requests"),
-        ("ptq", "import onnx", "m.py:1: ptq imports onnx at module level; import it where it is used"),
     ],
 )
 def test_a_breach_is_found_with_file_and_line(owner: str, source: str, expected: str) -> None:
@@ -115,7 +95,6 @@ def test_a_breach_is_found_with_file_and_line(owner: str, source: str, expected:
             "from __future__ import annotations\nimport json, numpy\nfrom quantizers import errors",
         ),
         ("ptq", "def f():\n    import onnx\n    from tvm_backend import build"),
-        ("ptq", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import onnx"),
         ("tvm_backend", "from . import build\nfrom .kernels import kernel"),
     ],
 )
