@@ -57,7 +57,7 @@ class Tile:
 
 
 def accumulators(tile: Tile) -> list[Buffer]:
-    """Declare the accumulators, one buffer a row: TVM puts a larger buffer on the heap, where LLVM leaves it."""
+    """Declare the accumulators, one array a row: all of them together would be too large for the stack."""
     return [local(tile.width, "int32") for _ in range(tile.rows)]
 
 

@@ -24,9 +24,14 @@ def script() -> Any:
 def local(length: int, dtype: str) -> Buffer:
     """Declare a small array on the stack, whose elements LLVM may keep in registers.
 
-    Without the annotation TVM takes even one element from a heap, with a call each time.
+    Of all scopes TVM keeps only small arrays of scope "global" on the stack; even one element of scope
+    "local" comes from a heap, with a call each time.
+
+    Args:
+        length: elements, below 1024 bytes of them.
+        dtype: element type.
     """
-    return script().alloc_buffer((length,), dtype, scope="local", annotations={"disable_lower_builtin": True})
+    return script().alloc_buffer((length,), dtype, scope="global")
 
 
 class Function:
