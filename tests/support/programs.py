@@ -73,7 +73,13 @@ def random_block(
     def requantize(x: str, typical: float, dtype: str = "int8", count: int = 1, zero_point: int = 0) -> str:
         mult, shift = multiplier(typical, count)
         return b.node(
-            "requantize", (x, mult), dtype, b.types[x].shape, input_zero_point=0, shift=shift, **saturate(dtype, zero_point)
+            "requantize",
+            (x, mult),
+            dtype,
+            b.types[x].shape,
+            input_zero_point=0,
+            shift=shift,
+            **saturate(dtype, zero_point),
         )
 
     def view(op: str, x: str, result: tuple[int, ...], **attributes) -> str:
@@ -106,10 +112,18 @@ def random_block(
             **saturate("int16"),
         )
 
-    image = b.node("quantize", ("image",), "int8", b.inputs[0][1].shape, scale=float(np.float32(0.03)), **saturate("int8", 5))
+    image = b.node(
+        "quantize", ("image",), "int8", b.inputs[0][1].shape, scale=float(np.float32(0.03)), **saturate("int8", 5)
+    )
     patches = b.node(
-        "patches", (image,), "int8", (tokens - 1, channels * patch * patch),
-        kernel=(patch, patch), stride=(patch, patch), padding=(0, 0), pad_value=5,
+        "patches",
+        (image,),
+        "int8",
+        (tokens - 1, channels * patch * patch),
+        kernel=(patch, patch),
+        stride=(patch, patch),
+        padding=(0, 0),
+        pad_value=5,
     )
     embedded = requantize(linear(patches, width), 0.3, "int16", width)
     cls_token = integers(-32768, 32767, (1, width), "int16")
@@ -136,8 +150,13 @@ def random_block(
         "matmul", (weights, value), "int32", (heads, tokens, head_dim), zero_point_a=0, zero_point_b=-3, transpose_b=0
     )
     mixed = b.node(
-        "normalize_rows", (mixed, total), "int8", (heads, tokens, head_dim),
-        numerator=int(rng.integers(2**36, 2**38)), shift=37, **saturate("int8"),
+        "normalize_rows",
+        (mixed, total),
+        "int8",
+        (heads, tokens, head_dim),
+        numerator=int(rng.integers(2**36, 2**38)),
+        shift=37,
+        **saturate("int8"),
     )
     mixed = view("permute", mixed, (tokens, heads, head_dim), axes=(1, 0, 2))
     mixed = view("reshape", mixed, (tokens, width), shape=(tokens, width))
@@ -154,8 +173,15 @@ def random_block(
     logits = linear(requantize(pooled, 0.01), 10)
     scale = b.constant(rng.uniform(1e-4, 1e-2, 10).astype(np.float32))
     probabilities = b.node(
-        "normalize_rows", (weights, total), "uint8", (heads, tokens, tokens), numerator=2**30, shift=22,
-        zero_point=0, qmin=0, qmax=255,
+        "normalize_rows",
+        (weights, total),
+        "uint8",
+        (heads, tokens, tokens),
+        numerator=2**30,
+        shift=22,
+        zero_point=0,
+        qmin=0,
+        qmax=255,
     )
     return b.build(
         b.node("dequantize", (logits, scale), "float32", (10,), zero_point=0),
