@@ -340,7 +340,9 @@ def _concat(node: Node, *parts: Operand) -> Checked:
         _require_integer(node, part)
     axis, first = _axis(node, parts[0]), parts[0].type
     rest = {(p.type.dtype, p.type.shape[:axis], p.type.shape[axis + 1 :]) for p in parts}
-    if len(rest) > 1 or all(part.array is not None for part in parts):
+    if all(part.array is not None for part in parts):
+        raise fail(node, "all operands are constant; fold it when the program is built")
+    if len(rest) > 1:
         raise fail(node, f"expected equal types except along axis {axis}, got {', '.join(str(p.type) for p in parts)}")
     extent = sum(part.type.shape[axis] for part in parts)
     bounds = Interval(min(p.interval.low for p in parts), max(p.interval.high for p in parts))

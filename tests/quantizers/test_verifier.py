@@ -155,6 +155,12 @@ def concat_of_types() -> IntegerProgram:
     return b.build(b.node("concat", (x, b.constant(np.ones((1, 4), np.int16))), "int8", (3, 4), axis=0))
 
 
+def concat_of_constants() -> IntegerProgram:
+    b, _ = start(2, 4)
+    c = b.constant(np.ones((1, 4), np.int8))
+    return b.build(b.node("concat", (c, c), "int8", (2, 4), axis=0))
+
+
 def row_sum_of_codes() -> IntegerProgram:
     return one("row_sum", (2, 4), (2, 1), to="int32")
 
@@ -504,6 +510,10 @@ BAD: dict[str, tuple[Callable[[], IntegerProgram], str]] = {
     "slice backwards": (
         lambda: one("slice", (4,), (4,), axis=0, start=0, stop=4, step=-1),
         "[0:4:-1] is empty or outside",
+    ),
+    "concat of constants": (
+        concat_of_constants,
+        "concat v1: all operands are constant; fold it when the program is built",
     ),
     "concat of other types": (concat_of_types, "expected equal types except along axis 0, got int8[2, 4], int16[1, 4]"),
 }
