@@ -85,7 +85,7 @@ class _Planner:
         producers = {node.name: node for node in self._program.nodes if node.name in rescaled}
         for node in self._program.nodes:
             operands = tuple(self._values[name] for name in node.inputs)
-            self._values[node.name] = Operand(node.type, None, batched=any(operand.batched for operand in operands))
+            self._values[node.name] = Operand(node.type)
             if node.name in rescaled:
                 continue
             if node.op in SOURCE_INDEX:

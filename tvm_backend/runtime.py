@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ _ENTRY = "main"
 
 
 class CompiledProgram:
-    """A compiled program, ready to run.
+    """A compiled program, ready to run; calls from several threads run one after another.
 
     Args:
         bundle: what to run.
@@ -42,6 +43,8 @@ class CompiledProgram:
                 f"the bundle was compiled with TVM {bundle.tvm_version}, installed is {tvm.__version__}; "
                 "build the bundle again, or install the version that built it"
             )
+        # The virtual machine keeps the frames of the running call, so it can run one at a time.
+        self._running = threading.Lock()
         self._tensor: Any = tvm.runtime.tensor
         with tempfile.TemporaryDirectory() as scratch:
             # The loader maps the file, so it may go as soon as it is loaded.
@@ -70,7 +73,9 @@ class CompiledProgram:
             check_finite(name, finite=bool(np.isfinite(array).all()))
         # TVM's pool belongs to the calling thread and another program may have set it since.
         set_threads(self.threads)
-        results = self._run(*(self._tensor(np.ascontiguousarray(array)) for array in arrays), self._constants)
+        tensors = [self._tensor(np.ascontiguousarray(array)) for array in arrays]
+        with self._running:
+            results = self._run(*tensors, self._constants)
         return tuple(result.numpy() for result in results)
 
 

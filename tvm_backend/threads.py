@@ -8,6 +8,7 @@ number up to that size can be chosen. So this module creates the pool large enou
 from __future__ import annotations
 
 import os
+import threading
 
 from quantizers.errors import UsageError
 from tvm_backend.imports import import_tvm
@@ -15,6 +16,8 @@ from tvm_backend.imports import import_tvm
 _VARIABLE = "TVM_NUM_THREADS"
 #: TVM's affinity mode "big cores first", its default.
 _AFFINITY = 1
+#: The environment is the process's, so only one thread at a time may start its pool.
+_ENVIRONMENT = threading.Lock()
 
 
 def usable_processors() -> int:
@@ -48,15 +51,16 @@ def set_threads(threads: int) -> None:
         UsageError: other code has already started TVM's pool in this thread, with fewer.
     """
     configure = import_tvm("tvm_ffi").get_global_func("runtime.config_threadpool")
-    before = os.environ.get(_VARIABLE)
-    os.environ[_VARIABLE] = str(max(threads, usable_processors()))
-    try:
-        configure(_AFFINITY, threads)
-    finally:
-        if before is None:
-            del os.environ[_VARIABLE]
-        else:
-            os.environ[_VARIABLE] = before
+    with _ENVIRONMENT:
+        before = os.environ.get(_VARIABLE)
+        os.environ[_VARIABLE] = str(max(threads, usable_processors()))
+        try:
+            configure(_AFFINITY, threads)
+        finally:
+            if before is None:
+                del os.environ[_VARIABLE]
+            else:
+                os.environ[_VARIABLE] = before
     if current_threads() != threads:
         raise UsageError(
             f"asked for {threads} threads, but TVM's pool was already started with {current_threads()}; "

@@ -52,9 +52,8 @@ class Function:
         self._name = node.op
         self._function: Any = None
         self._builder: Any = None
-        self.batched = any(operand.batched for operand in operands)
         #: Leading extent of the result: ``batch * layout.rows``.
-        self.rows: Expr = self._extent("m") if self.batched else script().int64(layout.rows)
+        self.rows: Expr = self._extent("m")
 
     def _extent(self, name: str) -> Expr:
         return import_tvm("tvm.tirx").Var(name, "int64")
