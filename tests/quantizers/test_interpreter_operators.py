@@ -317,6 +317,14 @@ def test_patches_equal_the_twin_and_torch_unfold(dtype: str, kernel, stride, pad
     assert np.array_equal(result, wanted)
 
 
+@pytest.mark.parametrize("pad_value", [-128, 127])
+def test_patches_are_bounded_by_their_padding_too(pad_value: int) -> None:
+    x = np.full((1, 1, 2, 2), 3, np.int8)
+    attributes = {"kernel": (2, 2), "stride": (1, 1), "padding": (1, 0), "pad_value": pad_value}
+    result = run_both("patches", x, dtype="int8", shape=(3, 4), **attributes)
+    assert pad_value in result
+
+
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "int32"])
 def test_views(dtype: str) -> None:
     rng = np.random.default_rng(0)
