@@ -22,7 +22,7 @@ from calibration.checkpoint import StatisticsStore
 from calibration.engine import Calibrated, Progress, calibrate
 from calibration.graph import execute
 from calibration.integerize import integerize
-from calibration.integerize.lowering import require_integer_forms
+from calibration.integerize.forms import require_integer_forms
 from calibration.rules import Recipe
 from calibration.serialize import (
     calibrated_from_bytes,

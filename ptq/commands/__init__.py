@@ -1,0 +1,11 @@
+"""One file a verb."""
+
+from ptq.commands.benchmark import benchmark
+from ptq.commands.evaluate import evaluate
+from ptq.commands.export import export
+from ptq.commands.inspect import inspect
+from ptq.commands.quantize import quantize
+from ptq.commands.recipes import recipes
+from ptq.commands.verify import verify
+
+COMMANDS = (quantize, evaluate, export, inspect, verify, benchmark, recipes)

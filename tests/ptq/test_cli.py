@@ -1,0 +1,124 @@
+"""The command line from end to end, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.embedded import write_images, write_model
+
+import ptq
+from ptq.cli import main
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    write_model(folder / "model")
+    write_images(folder / "data.npz")
+    run("quantize", str(folder / "model"), "--data", str(folder / "data.npz"), "-o", str(folder / "out"))
+    return folder
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    return int(stop.value.code or 0)
+
+
+def json_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> object:
+    """Run a command with --json; nothing but one document may be on stdout."""
+    capsys.readouterr()
+    assert run(*arguments, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_quantize_writes_what_load_reads(workspace: Path) -> None:
+    """OUT holds the artifact, no temporary remains, and the description counts no float operator."""
+    assert ptq.load(workspace / "out").describe()["float_ops"] == 0
+    assert not [path.name for path in workspace.iterdir() if path.name.startswith(".")]
+
+
+def test_the_same_run_writes_the_same_bytes_at_any_batch_size(workspace: Path) -> None:
+    """Batch size changes how images are read, never the result."""
+    model, data = str(workspace / "model"), str(workspace / "data.npz")
+    assert run("quantize", model, "--data", data, "-o", str(workspace / "again"), "--batch-size", "5") == 0
+    for name in ("manifest.json", "program.json", "program.safetensors", "model.json", "model.safetensors"):
+        assert (workspace / "again" / name).read_bytes() == (workspace / "out" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("backend", ["float", "simulate", "integer", "tvm", "onnxruntime"])
+def test_evaluate_reports_every_backend(
+    workspace: Path, capsys: pytest.CaptureFixture[str], backend: str
+) -> None:
+    """The JSON holds the documented keys, and integers agree with float on nearly all images."""
+    result = json_of(
+        capsys, "evaluate", str(workspace / "out"), "--data", str(workspace / "data.npz"), "--backend", backend
+    )
+    assert isinstance(result, dict)
+    assert {"backend", "n", "top1", "float_top1", "agreement"} <= set(result)
+    assert result["backend"] == backend
+    assert result["n"] == 24
+    assert result["agreement"] >= 85
+
+
+def test_verify_finds_tvm_equal(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """TVM gives the interpreter's bits."""
+    result = json_of(capsys, "verify", str(workspace / "out"), "--data", str(workspace / "data.npz"))
+    assert result == {"backend": "tvm", "n": 24, "equal": True, "max_abs_diff": 0.0}
+
+
+def test_inspect_lists_sites_and_sizes(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every documented key is there, and the integers are smaller than the floats."""
+    result = json_of(capsys, "inspect", str(workspace / "out"))
+    assert isinstance(result, dict)
+    assert {"integer_ops", "float_ops", "sites", "size_bytes", "float_size_bytes"} <= set(result)
+    assert result["float_ops"] == 0
+    assert {"name", "format", "bits", "granularity"} <= set(result["sites"][0])
+
+
+def test_benchmark_lists_timings(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One entry for each backend and batch size."""
+    arguments = ("benchmark", str(workspace / "out"), "--backend", "float", "--backend", "simulate", "--batch", "1")
+    result = json_of(capsys, *arguments, "--batch", "3", "--rounds", "2", "--threads", "1")
+    assert isinstance(result, list)
+    assert [(entry["backend"], entry["batch"], entry["threads"]) for entry in result] == [
+        ("float", 1, 1),
+        ("simulate", 1, 1),
+        ("float", 3, 1),
+        ("simulate", 3, 1),
+    ]
+    assert {"median_ms", "p10_ms", "p90_ms"} <= set(result[0])
+
+
+def test_recipes_lists_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    """Names come from the table."""
+    result = json_of(capsys, "recipes")
+    assert isinstance(result, list)
+    assert [entry["name"] for entry in result] == ["minmax", "percentile", "mse"]
+
+
+@pytest.mark.parametrize(("format_name", "name"), [("onnx", "model.onnx"), ("tvm", "bundle")])
+def test_export_writes_once(
+    workspace: Path, capsys: pytest.CaptureFixture[str], format_name: str, name: str
+) -> None:
+    """An export is written, and never over something that exists."""
+    output = workspace / name
+    assert run("export", str(workspace / "out"), "--format", format_name, "-o", str(output)) == 0
+    assert output.exists()
+    assert run("export", str(workspace / "out"), "--format", format_name, "-o", str(output)) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def test_help_needs_no_heavy_import() -> None:
+    """``ptq --help`` loads neither torch nor TVM nor onnx."""
+    code = (
+        "import sys\nfrom ptq.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "print([name for name in ('tvm', 'onnx', 'onnxruntime') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.endswith("[]\n")
