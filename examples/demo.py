@@ -1,6 +1,6 @@
 """Quantize the embedded network and print one table: every backend on the 2,000 labelled test images.
 
-    python examples/demo.py
+Run it with ``python examples/demo.py``.
 """
 
 from __future__ import annotations

@@ -90,5 +90,6 @@ def quantize(
         return
     click.echo(
         f"wrote {output}: recipe {recipe.name}, {summary['integer_ops']} integer operators, "
-        f"{summary['float_ops']} float, {summary['size_bytes'] / 1e6:.2f} MB (float {summary['float_size_bytes'] / 1e6:.2f} MB)"
+        f"{summary['float_ops']} float, {summary['size_bytes'] / 1e6:.2f} MB "
+        f"(float {summary['float_size_bytes'] / 1e6:.2f} MB)"
     )

@@ -67,13 +67,15 @@ def _parts(spec: str) -> _Parts:
         module = timm_model(name, Path(checkpoint) if checkpoint else None)
         return _Parts(module, timm_preprocessing(module), int(getattr(module, "num_classes", 0)) or None)
     if spec.startswith("hf:"):
-        return _Parts(*transformers_model(spec.removeprefix("hf:")))
+        module, preprocessing, classes = transformers_model(spec.removeprefix("hf:"))
+        return _Parts(module, preprocessing, classes)
     if path.suffix == ".pt2":
         return _exported(path)
     if path.suffix in PICKLED:
         read_weights(path)
     if path.is_dir():
-        return _Parts(*load_directory(path))
+        module, preprocessing, classes, names = load_directory(path)
+        return _Parts(module, preprocessing, classes, names)
     if is_callable_spec(spec):
         return _made(spec)
     if path.exists():

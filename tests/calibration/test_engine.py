@@ -71,9 +71,7 @@ def test_memory_layout_does_not_matter() -> None:
 def test_the_same_inputs_give_the_same_bytes() -> None:
     """A second trace and calibration of an equal model repeats every parameter and the fingerprint."""
     x = images("ours", 8)
-    first, second = (
-        calibrate(trace(spread(ours()), (x[:2],)), samples(x), recipe(search="mse")) for _ in range(2)
-    )
+    first, second = (calibrate(trace(spread(ours()), (x[:2],)), samples(x), recipe(search="mse")) for _ in range(2))
     assert first.sites == second.sites
     assert first.fingerprint == second.fingerprint
     assert integerize(first) == integerize(second)
@@ -84,9 +82,7 @@ def test_the_fingerprint_is_of_the_images() -> None:
     x = images("ours", 4)
     changed = x.clone()
     changed[3, 0, 7, 7] += 1e-3
-    found = {
-        calibrate(traced("ours"), samples(x), recipe()).fingerprint for x in (x, changed, x.flip(0), x[:3])
-    }
+    found = {calibrate(traced("ours"), samples(x), recipe()).fingerprint for x in (x, changed, x.flip(0), x[:3])}
     assert len(found) == 4
 
 

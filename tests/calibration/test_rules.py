@@ -74,9 +74,7 @@ def test_a_site_without_a_rule_is_refused() -> None:
     """The message names the site, its kind, and the rule to add."""
     with pytest.raises(RecipeError) as caught:
         assign(Rule(WEIGHT, "weight"), Rule(BYTE, "image"))
-    assert str(caught.value) == (
-        "recipe test: no rule matches site residual (residual); add a last rule for kind '*'"
-    )
+    assert str(caught.value) == ("recipe test: no rule matches site residual (residual); add a last rule for kind '*'")
 
 
 @pytest.mark.parametrize(

@@ -73,15 +73,15 @@ def test_unreadable_data(workspace: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_images_of_another_size_or_channel_count(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Sizes and channels are compared with the model's."""
-    larger = write_images(workspace / "larger.npz", images=np.zeros((4, 9, 9), np.uint8))
+    larger = write_images(workspace / "larger.npz", images=np.zeros((24, 9, 9), np.uint8))
     assert "9" in quantize(workspace, capsys, 1, data=str(larger))
-    coloured = write_images(workspace / "rgb.npz", images=np.zeros((4, 8, 8, 3), np.uint8))
+    coloured = write_images(workspace / "rgb.npz", images=np.zeros((24, 8, 8, 3), np.uint8))
     assert "channel" in quantize(workspace, capsys, 1, data=str(coloured))
 
 
 def test_nan_images(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Not-a-number in an image is found before it poisons a range."""
-    images = np.zeros((4, 1, 8, 8), np.float32)
+    images = np.zeros((24, 1, 8, 8), np.float32)
     images[2, 0, 0, 0] = np.nan
     message = quantize(workspace, capsys, 1, data=str(write_images(workspace / "nan.npz", images=images)))
     assert "NaN" in message or "finite" in message
@@ -89,7 +89,7 @@ def test_nan_images(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_labels_out_of_range(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A label beyond the model's classes is an error, not a wrong accuracy."""
-    data = write_images(artifact / "labels.npz", labels=False, **{"labels": np.full(24, 9)})
+    data = write_images(artifact / "labels.npz", labels=np.full(24, 9))
     message = fails(capsys, 1, "evaluate", str(artifact / "out"), "--data", str(data))
     assert "label" in message
 
@@ -148,10 +148,12 @@ def test_wrong_options(
     ("text", "expected"),
     [
         ("name: x\nrules:\n  - {bits: 8, colour: red}\n", "unknown key colour"),
-        ("name: x\nrules:\n  - {kind: weight, bits: 8, granularity: channel}\n  - {name: 'block.0*', bits: 8}\n", "no rule"),
         (
-            "name: x\nrules:\n  - {name: 'blocks.7.*', bits: 8}\n  - {kind: weight, bits: 8, granularity: channel}\n"
-            "  - {bits: 8}\n",
+            "name: x\nrules:\n  - {kind: weight, bits: 8, granularity: channel}\n  - {name: 'block.0*', bits: 8}\n",
+            "no rule",
+        ),
+        (
+            "name: x\nrules: [{name: 'blocks.7.*', bits: 8}, {kind: weight, bits: 8, granularity: channel}, {bits: 8}]",
             "rule 1",
         ),
         ("name: x\nrules:\n  - {bits: eight}\n", "bits is 'eight', expected int"),

@@ -51,9 +51,7 @@ def test_the_same_run_writes_the_same_bytes_at_any_batch_size(workspace: Path) -
 
 
 @pytest.mark.parametrize("backend", ["float", "simulate", "integer", "tvm", "onnxruntime"])
-def test_evaluate_reports_every_backend(
-    workspace: Path, capsys: pytest.CaptureFixture[str], backend: str
-) -> None:
+def test_evaluate_reports_every_backend(workspace: Path, capsys: pytest.CaptureFixture[str], backend: str) -> None:
     """The JSON holds the documented keys, and integers agree with float on nearly all images."""
     result = json_of(
         capsys, "evaluate", str(workspace / "out"), "--data", str(workspace / "data.npz"), "--backend", backend
@@ -102,9 +100,7 @@ def test_recipes_lists_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(("format_name", "name"), [("onnx", "model.onnx"), ("tvm", "bundle")])
-def test_export_writes_once(
-    workspace: Path, capsys: pytest.CaptureFixture[str], format_name: str, name: str
-) -> None:
+def test_export_writes_once(workspace: Path, capsys: pytest.CaptureFixture[str], format_name: str, name: str) -> None:
     """An export is written, and never over something that exists."""
     output = workspace / name
     assert run("export", str(workspace / "out"), "--format", format_name, "-o", str(output)) == 0

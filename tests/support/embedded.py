@@ -40,11 +40,12 @@ def write_model(directory: Path) -> Path:
     return directory
 
 
-def write_images(path: Path, count: int = 24, labels: bool = True, **changes: np.ndarray) -> Path:
+def write_images(path: Path, count: int = 24, **changes: np.ndarray) -> Path:
     """Write a .npz of random uint8 images (count, 8, 8); ``changes`` replaces or adds arrays."""
     rng = np.random.default_rng(0)
-    arrays: dict[str, np.ndarray] = {"images": rng.integers(0, 256, (count, 8, 8), dtype=np.uint8)}
-    if labels:
-        arrays["labels"] = rng.integers(0, 4, count)
+    arrays: dict[str, np.ndarray] = {
+        "images": rng.integers(0, 256, (count, 8, 8), dtype=np.uint8),
+        "labels": rng.integers(0, 4, count),
+    }
     np.savez(path, **{**arrays, **changes})
     return path
