@@ -1,0 +1,118 @@
+"""Linear, convolution and matrix product: the operators whose operands are integers.
+
+ONNX Runtime replaces a product and its DequantizeLinear neighbours by one integer kernel only where
+
+- the pairs touch the product, so every view of an operand stands before its QuantizeLinear;
+- the bias is int32 and is part of the Gemm: behind a MatMul on three axes of unknown batch it is added in float;
+- no QuantizeLinear has several readers: an int8 pair is shifted to uint8, the type of the kernels, only where
+  it has one. Equal nodes are merged before that, so each linear has a view of its input of its own;
+- a Conv has a QuantizeLinear behind it. Residual streams have none here, so a convolution that cuts its input
+  into patches is written as a Gemm on them, and any other one runs on dequantized values.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from calibration.graph import Operation
+from ptq.onnx_export.builder import Array
+from ptq.onnx_export.writer import GraphWriter
+from quantizers.uniform import UniformQParams, quantize
+
+
+def write_linear(writer: GraphWriter, operation: Operation) -> None:
+    """Write a linear as a Gemm on the rows of its input, with the weight (N, K) as the checkpoint has it."""
+    source = operation.inputs[0]
+    # The name makes the initializer this operation's own, and with it the view.
+    extents = np.array([-1, writer.shapes[source][-1]], np.int64)
+    inputs = (writer.value(source), writer.builder.initializer(extents, f"{operation.name}_rows_shape"))
+    rows = writer.step(operation, "rows", "Reshape", inputs)
+    operands = (
+        _activation(writer, operation, 0, rows),
+        *_weight_and_bias(writer, operation, _codes(writer, operation)),
+    )
+    if len(operation.shape) == 1:
+        writer.result(operation, "Gemm", operands, transB=1)
+        return
+    product = writer.step(operation, "product", "Gemm", operands, transB=1)
+    writer.result(operation, "Reshape", (product, writer.builder.integers((-1, *operation.shape))))
+
+
+def write_conv2d(writer: GraphWriter, operation: Operation) -> None:
+    """Write a convolution: as a Gemm where it cuts patches, otherwise as a Conv."""
+    if _cuts_patches(writer, operation):
+        _write_patches(writer, operation)
+        return
+    x = _activation(writer, operation, 0, writer.value(operation.inputs[0]))
+    top, left = operation.integers("padding")
+    writer.result(
+        operation,
+        "Conv",
+        (x, *_weight_and_bias(writer, operation, _codes(writer, operation))),
+        strides=operation.integers("stride"),
+        pads=(top, left, top, left),
+        dilations=operation.integers("dilation"),
+        group=operation.integer("groups"),
+    )
+
+
+def write_matmul(writer: GraphWriter, operation: Operation) -> None:
+    """Write a product of two activations, each quantized just before it."""
+    left, right = (writer.value(name) for name in operation.inputs)
+    if operation.integer("transpose_b"):
+        rank = len(writer.shapes[operation.inputs[1]]) + 1
+        axes = (*range(rank - 2), rank - 1, rank - 2)
+        right = writer.step(operation, "transposed", "Transpose", (right,), perm=axes)
+    operands = [_activation(writer, operation, position, tensor) for position, tensor in enumerate((left, right))]
+    writer.result(operation, "MatMul", operands)
+
+
+def _cuts_patches(writer: GraphWriter, operation: Operation) -> bool:
+    kernel = writer.shapes[operation.inputs[1]][2:]
+    return (
+        operation.integers("stride") == kernel
+        and set(operation.integers("padding")) == {0}
+        and set(operation.integers("dilation")) == {1}
+        and operation.integer("groups") == 1
+        and writer.shapes[operation.inputs[0]][1:] == tuple(np.multiply(operation.shape[1:], kernel))
+    )
+
+
+def _write_patches(writer: GraphWriter, operation: Operation) -> None:
+    integers = writer.builder.integers
+    channels, height, width = operation.shape
+    depth, *kernel = writer.shapes[operation.inputs[1]][1:]
+    grid = integers((0, depth, height, kernel[0], width, kernel[1]))
+    x = writer.step(operation, "grid", "Reshape", (writer.value(operation.inputs[0]), grid))
+    x = writer.step(operation, "patches", "Transpose", (x,), perm=(0, 2, 4, 1, 3, 5))
+    x = writer.step(operation, "rows", "Reshape", (x, integers((-1, depth * math.prod(kernel)))))
+    codes = _codes(writer, operation).reshape(channels, -1)
+    operands = (_activation(writer, operation, 0, x), *_weight_and_bias(writer, operation, codes))
+    x = writer.step(operation, "product", "Gemm", operands, transB=1)
+    x = writer.step(operation, "channels_last", "Reshape", (x, integers((-1, height, width, channels))))
+    writer.result(operation, "Transpose", (x,), perm=(0, 3, 1, 2))
+
+
+def _activation(writer: GraphWriter, operation: Operation, position: int, tensor: str) -> str:
+    return writer.quantizer.activation(tensor, writer.formats[operation.name, position], operation.module)
+
+
+def _uniform(writer: GraphWriter, operation: Operation, position: int) -> UniformQParams:
+    qparams = writer.formats[operation.name, position]
+    assert isinstance(qparams, UniformQParams), (operation.name, position)
+    return qparams
+
+
+def _codes(writer: GraphWriter, operation: Operation) -> Array:
+    return quantize(writer.graph.constants[operation.inputs[1]], _uniform(writer, operation, 1)).numpy()
+
+
+def _weight_and_bias(writer: GraphWriter, operation: Operation, codes: Array) -> tuple[str, str]:
+    source, weight = (_uniform(writer, operation, position) for position in (0, 1))
+    _, weight_name, bias_name = operation.inputs
+    return (
+        writer.quantizer.weight(codes, weight, weight_name, operation.module),
+        writer.quantizer.bias(writer.array(bias_name), source, weight, bias_name, operation.module),
+    )

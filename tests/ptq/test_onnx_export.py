@@ -1,0 +1,350 @@
+"""The INT8 ONNX file: valid, named as the model, equal to its own arithmetic, and run on integer kernels."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import numpy_helper
+from support.models import Formula, calibrated, images, recipe, spread, traced
+from torch import Tensor, nn
+
+from calibration.engine import Calibrated, calibrate
+from calibration.graph import EXECUTORS, UNARY_FUNCTIONS, Graph, Operation, execute
+from calibration.rules import Recipe, Rule
+from calibration.trace import trace
+from ptq.onnx_export import export_onnx
+from ptq.onnx_export.operators import UNARY_WRITERS, WRITERS
+from ptq.version import tool_version
+from quantizers.errors import UsageError
+from quantizers.row_relative import RowRelativeQParams
+from quantizers.spec import QuantSpec
+from quantizers.uniform import UniformQParams, fake_quantize
+
+METADATA = {"recipe": "w8a8", "calibration_fingerprint": "00ff", "tool_version": "1.2"}
+#: Families whose attention differs: fused and separate projections, two heads, windows with a mask.
+FAMILIES = ("ours", "deit", "dinov2", "swin", "transformers")
+PRODUCTS = frozenset({"linear", "conv2d", "matmul"})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def session(path: Path, optimized: Path | None = None) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    # The optimized model holds kernels of this machine, about which ONNX Runtime warns.
+    options.log_severity_level = 3
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def run(path: Path, *inputs: Tensor) -> list[np.ndarray]:
+    runner = session(path)
+    names = [entry.name for entry in runner.get_inputs()]
+    return runner.run(None, {name: x.numpy() for name, x in zip(names, inputs, strict=True)})
+
+
+def export(source: Calibrated, directory: Path) -> Path:
+    path = directory / "model.onnx"
+    export_onnx(source, path, METADATA)
+    return path
+
+
+def kernels(path: Path) -> Mapping[str, int]:
+    """Return how often each operator stands in what ONNX Runtime makes of a file."""
+    optimized = path.with_name("optimized.onnx")
+    session(path, optimized)
+    return collections.Counter(node.op_type for node in onnx.load(optimized).graph.node)
+
+
+def emulate(source: Calibrated, *inputs: Tensor) -> list[np.ndarray]:
+    """Run what the file means in torch: operands of products in their formats, all else in float."""
+    formats = source.by_edge()
+
+    def on_edge(operation: Operation, position: int, value: Tensor) -> Tensor:
+        if operation.op not in PRODUCTS:
+            return value
+        if position == 2:
+            step = torch.tensor(formats[operation.name, 0].scale) * torch.tensor(formats[operation.name, 1].scale)
+            return (value.double() / step.double()).round().float() * step
+        qparams = formats[operation.name, position]
+        if isinstance(qparams, RowRelativeQParams):
+            return fake_quantize(value, UniformQParams((float(np.float32(1 / qparams.levels)),), 0, 0, qparams.levels))
+        if len(qparams.scale) > 1:
+            return fake_quantize(value[0], qparams)[None]
+        return fake_quantize(value, qparams)
+
+    with torch.no_grad():
+        return [result.numpy() for result in execute(source.graph, inputs, on_edge)]
+
+
+def calibrated_formula(module: nn.Module, *shape: int, chosen: Recipe | None = None) -> Calibrated:
+    samples = torch.randn((8, *shape), generator=torch.Generator().manual_seed(2))
+    graph = trace(spread(module), (samples[:2],))
+    return calibrate(graph, [(x,) for x in samples], recipe() if chosen is None else chosen)
+
+
+def initializers(path: Path) -> dict[str, np.ndarray]:
+    return {entry.name: numpy_helper.to_array(entry) for entry in onnx.load(path).graph.initializer}
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.linalg.norm(a - b))
+
+
+# The file -------------------------------------------------------------------------------------------
+
+
+def test_file_is_valid_and_says_what_it_is(tmp_path: Path) -> None:
+    path = export(calibrated("ours"), tmp_path)
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 20)]
+    assert (model.producer_name, model.producer_version) == ("vit-ptq", tool_version())
+    assert {entry.key: entry.value for entry in model.metadata_props} == METADATA
+    assert {node.domain for node in model.graph.node} == {""}
+    assert any(node.doc_string == "blocks.0.attn" for node in model.graph.node)
+    assert session(path).get_modelmeta().custom_metadata_map == METADATA
+
+
+def test_names_and_free_batch_size(tmp_path: Path) -> None:
+    source = calibrated("ours")
+    runner = session(export(source, tmp_path))
+    assert [(entry.name, entry.shape) for entry in runner.get_inputs()] == [("images", ["batch", 1, 8, 8])]
+    assert [(entry.name, entry.shape) for entry in runner.get_outputs()] == [("output", ["batch", 10])]
+    stored = initializers(tmp_path / "model.onnx")
+    for name, tensor in source.graph.constants.items():
+        if name.endswith(".weight") and tensor.ndim > 1:
+            assert stored[f"{name}_quantized"].dtype == np.int8
+            assert len(stored[f"{name}_scale"]) == len(stored[f"{name}_zero_point"]) == len(tensor)
+            assert abs(stored[f"{name}_quantized"].astype(int)).max() == 127
+
+
+def test_same_bytes(tmp_path: Path) -> None:
+    for name in ("first.onnx", "second.onnx"):
+        export_onnx(calibrated("ours"), tmp_path / name, dict(reversed(METADATA.items())))
+    assert (tmp_path / "first.onnx").read_bytes() == (tmp_path / "second.onnx").read_bytes()
+
+
+def test_existing_file_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"mine")
+    with pytest.raises(UsageError, match=r"model\.onnx exists; choose another path"):
+        export_onnx(calibrated("ours"), path, METADATA)
+    assert path.read_bytes() == b"mine"
+
+
+def test_nothing_is_left_where_the_check_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise onnx.checker.ValidationError("refused")
+
+    monkeypatch.setattr(onnx.checker, "check_model", refuse)
+    with pytest.raises(onnx.checker.ValidationError):
+        export_onnx(calibrated("ours"), tmp_path / "model.onnx", METADATA)
+    assert list(tmp_path.iterdir()) == []
+
+
+# The numbers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_networks_compute_what_the_file_means(name: str, tmp_path: Path) -> None:
+    source = calibrated(name)
+    runner = session(export(source, tmp_path))
+    (entry,) = runner.get_inputs()
+    found, meant, real = [], [], []
+    for batch in (1, 3):
+        x = images(name, batch, seed=batch)
+        found += runner.run(None, {entry.name: x.numpy()})
+        meant += emulate(source, x)
+        real += [result.detach().numpy() for result in execute(source.graph, (x,))]
+    found, meant, real = (np.concatenate(parts) for parts in (found, meant, real))
+    # Float operators of two libraries differ in last bits, which moves a value that lies on the edge of two
+    # codes to the other one. Such moves are few, and each is no larger than the rounding of every value that
+    # separates `meant` from `real`; without any, the difference is about 1e-6 of the outputs.
+    assert distance(found, meant) <= 0.5 * distance(meant, real)
+    assert distance(meant, real) <= 0.2 * np.linalg.norm(real)
+    assert (found.argmax(-1) == meant.argmax(-1)).mean() >= 0.75
+
+
+def _two_products(x: Tensor, layer: nn.Module) -> Tensor:
+    return (layer(x) @ x.transpose(-1, -2)) @ (0.1 * x)
+
+
+def _attention(x: Tensor, layer: nn.Module) -> Tensor:
+    return (layer(x) @ x.transpose(-1, -2)).softmax(-1) @ x
+
+
+def _product_cases() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
+    return {
+        "vector": (nn.Linear(12, 7), (12,)),
+        "tokens": (nn.Linear(12, 7), (5, 12)),
+        "windows": (nn.Linear(12, 7), (3, 5, 12)),
+        "patches": (nn.Conv2d(3, 5, 4, stride=4), (3, 8, 12)),
+        "oblong patches": (nn.Conv2d(2, 5, (2, 4), stride=(2, 4)), (2, 8, 8)),
+        "cropped patches": (nn.Conv2d(3, 5, 4, stride=4), (3, 9, 11)),
+        "overlapping": (nn.Conv2d(3, 5, 3, stride=2, padding=(1, 0)), (3, 8, 8)),
+        "grouped, dilated": (nn.Conv2d(4, 6, 3, groups=2, dilation=2), (4, 9, 9)),
+        "products": (Formula(_two_products, nn.Linear(8, 8)), (2, 5, 8)),
+        "attention": (Formula(_attention, nn.Linear(8, 8)), (2, 5, 8)),
+    }
+
+
+@pytest.mark.parametrize("case", _product_cases())
+@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(8, 8), (4, 3)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_products_are_exact(case: str, weight_bits: int, activation_bits: int, symmetric: bool, tmp_path: Path) -> None:
+    module, shape = _product_cases()[case]
+    source = calibrated_formula(module, *shape, chosen=recipe(weight_bits, activation_bits, symmetric=symmetric))
+    path = export(source, tmp_path)
+    for batch in (1, 3):
+        # Twice what calibration saw, so that every format saturates.
+        x = 2 * torch.randn((batch, *shape), generator=torch.Generator().manual_seed(batch))
+        (found,), (meant,) = run(path, x), emulate(source, x)
+        assert found.shape == meant.shape
+        # Sums are exact in int32, and codes agree unless a value lies on their edge, which none of these does.
+        assert np.abs(found - meant).max() <= 1e-5 * np.abs(meant).max()
+
+
+def test_every_operator_has_a_writer() -> None:
+    assert WRITERS.keys() == EXECUTORS.keys()
+    assert UNARY_WRITERS.keys() == UNARY_FUNCTIONS.keys()
+
+
+def _compare_with_float(graph: Graph, directory: Path, *inputs: Tensor) -> None:
+    """Export a graph without products, whose file is a float one, and run it beside the graph."""
+    source = calibrate(graph, [tuple(x[0] for x in inputs)], Recipe("t", (Rule(QuantSpec(8)),)))
+    path = export(source, directory)
+    assert not any("Quantize" in node.op_type for node in onnx.load(path).graph.node)
+    for found, expected in zip(run(path, *inputs), execute(graph, inputs), strict=True):
+        np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("function", UNARY_FUNCTIONS)
+def test_unary_functions(function: str, tmp_path: Path) -> None:
+    operation = Operation("y", "unary", ("x",), {"function": function}, (201,))
+    graph = Graph((("x", (201,)),), {}, (operation,), (("y", "y"),))
+    _compare_with_float(graph, tmp_path, torch.linspace(-10, 10, 603).reshape(3, 201))
+
+
+def test_float_operators_broadcast_as_samples_do(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    constants = {name: torch.randn(shape, generator=generator) for name, shape in CONSTANT_SHAPES.items()}
+    graph = Graph((("a", (4, 6)), ("b", (6,))), constants, FLOAT_OPERATIONS, FLOAT_OUTPUTS)
+    for batch in (1, 3, 4):
+        (tmp_path / "model.onnx").unlink(missing_ok=True)
+        inputs = [torch.randn((batch, *shape), generator=generator) for _, shape in graph.inputs]
+        _compare_with_float(graph, tmp_path, *inputs)
+
+
+CONSTANT_SHAPES = {"token": (1, 6), "row": (6,), "cube": (2, 1, 6), "output": (6,)}
+FLOAT_OPERATIONS = (
+    Operation("add", "add", ("a", "b"), {}, (4, 6)),
+    Operation("wide", "multiply", ("add", "cube"), {}, (2, 4, 6)),
+    Operation("norm", "layer_norm", ("add", "row", "output"), {"eps": 1e-5}, (4, 6)),
+    Operation("cat", "concat", ("token", "norm", "token"), {"axis": 0}, (6, 6)),
+    Operation("constants", "concat", ("token", "token"), {"axis": 0}, (2, 6)),
+    Operation("sum", "add", ("constants", "b"), {}, (2, 6)),
+    Operation("turned", "permute", ("cat",), {"axes": (1, 0)}, (6, 6)),
+    Operation("every", "slice", ("turned",), {"axis": 1, "start": 1, "stop": 6, "step": 2}, (6, 3)),
+    Operation("mean", "mean", ("every",), {"axis": 0}, (3,)),
+    Operation("scale", "scale", ("mean",), {"factor": -0.3}, (3,)),
+    Operation("soft", "softmax", ("scale",), {}, (3,)),
+    Operation("flat", "reshape", ("wide",), {"shape": (48,)}, (48,)),
+)
+# One value under two names, an input that is handed through, and a constant of the name of an output.
+FLOAT_OUTPUTS = (
+    ("output", "flat"),
+    ("again", "flat"),
+    ("same", "a"),
+    *((f"{name}_out", name) for name in ("sum", "every", "scale", "soft")),
+)
+
+
+def test_bias_is_in_steps_of_input_times_weight(tmp_path: Path) -> None:
+    source = calibrated("ours")
+    formats = source.by_edge()
+    stored = initializers(export(source, tmp_path))
+    layers = [operation for operation in source.graph.operations if operation.op in ("linear", "conv2d")]
+    assert len(layers) == 10
+    for layer in layers:
+        step = np.float32(formats[layer.name, 0].scale[0]) * np.array(formats[layer.name, 1].scale, np.float32)
+        bias = source.graph.constants[layer.inputs[2]].numpy().astype(np.float64)
+        np.testing.assert_array_equal(stored[f"{layer.inputs[2]}_scale"], step)
+        assert stored[f"{layer.inputs[2]}_quantized"].dtype == np.int32
+        np.testing.assert_array_equal(stored[f"{layer.inputs[2]}_quantized"], np.rint(bias / step.astype(np.float64)))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 7])
+def test_narrow_formats_use_their_codes_only(bits: int, tmp_path: Path) -> None:
+    path = export(calibrated("ours", recipe(bits, bits)), tmp_path)
+    model = onnx.load(path)
+    codes = [node.output[0] for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in codes)
+    watched = tmp_path / "watched.onnx"
+    onnx.save(model, watched)
+    half = 1 << (bits - 1)
+    for name, found in zip(codes, run(watched, 3 * images("ours", 4)), strict=True):
+        lowest, highest = (0, 2 * half - 1) if found.dtype == np.uint8 else (-half, half - 1)
+        assert lowest <= found.min(), name
+        assert found.max() <= highest, name
+    for name, stored in initializers(path).items():
+        if name.endswith(".weight_quantized"):
+            assert abs(stored.astype(int)).max() == half - 1
+
+
+def test_zero_points_are_zero_unless_the_recipe_says_otherwise(tmp_path: Path) -> None:
+    for symmetric in (True, False):
+        directory = tmp_path / str(symmetric)
+        path = export(calibrated("ours", recipe(symmetric=symmetric)), directory)
+        stored = initializers(path)
+        nodes = [node for node in onnx.load(path).graph.node if node.op_type == "QuantizeLinear"]
+        zeros = [int(stored[node.input[2]]) for node in nodes]
+        assert {stored[node.input[2]].dtype.name for node in nodes} == {"int8", "uint8"}
+        assert any(zeros) != symmetric
+
+
+# The kernels ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_product_runs_on_integers(name: str, tmp_path: Path) -> None:
+    found = kernels(export(calibrated(name), tmp_path))
+    expected = collections.Counter(operation.op for operation in traced(name).operations)
+    assert not {"Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Conv", "FusedConv", "DequantizeLinear"} & set(found)
+    assert found["QGemm"] == expected["linear"] + expected["conv2d"]
+    assert found["QLinearMatMul"] + found["MatMulIntegerToFloat"] == expected["matmul"]
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+def test_narrow_formats_run_on_integers_too(bits: int, tmp_path: Path) -> None:
+    found = kernels(export(calibrated("ours", recipe(bits, bits)), tmp_path))
+    assert found["QGemm"] == 10
+    assert found["QLinearMatMul"] + found["MatMulIntegerToFloat"] == 4
+
+
+@pytest.mark.parametrize("shape", [(16,), (5, 16)])
+def test_linears_that_share_an_input_run_on_integers(shape: tuple[int, ...], tmp_path: Path) -> None:
+    layers = [nn.Linear(16, 8), nn.Linear(16, 8), nn.Linear(8, 8), nn.Linear(8, 8)]
+    found = kernels(export(calibrated_formula(Formula(_two_heads, nn.LayerNorm(16), *layers), *shape), tmp_path))
+    assert found["QGemm"] == 4
+    assert "Gemm" not in found
+
+
+def _two_heads(x: Tensor, norm: nn.Module, a: nn.Module, b: nn.Module, c: nn.Module, d: nn.Module) -> object:
+    shared = norm(x)
+    return c(a(shared)), d(b(shared))
