@@ -1,14 +1,14 @@
 """The number of threads that TVM's worker pool uses.
 
-TVM keeps one pool for each thread that calls it. The pool is as large as the environment variable
-TVM_NUM_THREADS says when the thread first calls, by default half of the processors; later only a
-number up to that size can be chosen. So this module creates the pool large enough and then chooses.
+TVM keeps one pool for each thread that calls it. The environment variable TVM_NUM_THREADS, by default half
+of the processors, is read twice: when the calling thread's pool starts it is the pool's size, up to which a
+number can be chosen later; and at each kernel, which runs on one thread, pool or not, if it is 1. So this
+module sets the variable for good, to all processors, and chooses within the pool.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 
 from quantizers.errors import UsageError
 from tvm_backend.imports import import_tvm
@@ -16,8 +16,6 @@ from tvm_backend.imports import import_tvm
 _VARIABLE = "TVM_NUM_THREADS"
 #: TVM's affinity mode "big cores first", its default.
 _AFFINITY = 1
-#: The environment is the process's, so only one thread at a time may start its pool.
-_ENVIRONMENT = threading.Lock()
 
 
 def usable_processors() -> int:
@@ -51,18 +49,15 @@ def set_threads(threads: int) -> None:
         UsageError: other code has already started TVM's pool in this thread, with fewer.
     """
     configure = import_tvm("tvm_ffi").get_global_func("runtime.config_threadpool")
-    with _ENVIRONMENT:
-        before = os.environ.get(_VARIABLE)
-        os.environ[_VARIABLE] = str(max(threads, usable_processors()))
-        try:
-            configure(_AFFINITY, threads)
-        finally:
-            if before is None:
-                del os.environ[_VARIABLE]
-            else:
-                os.environ[_VARIABLE] = before
+    size = str(usable_processors())
+    # Writing the environment while another thread reads it is not safe in C, hence only if it differs.
+    if os.environ.get(_VARIABLE) != size:
+        os.environ[_VARIABLE] = size
+    # Choosing moves the pool's threads between processors, so it is not repeated for every call.
+    if current_threads() != threads:
+        configure(_AFFINITY, threads)
     if current_threads() != threads:
         raise UsageError(
             f"asked for {threads} threads, but TVM's pool was already started with {current_threads()}; "
-            f"set {_VARIABLE}={threads} before the process starts"
+            f"set {_VARIABLE}={usable_processors()} before the process starts"
         )

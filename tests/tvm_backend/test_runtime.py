@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,22 @@ def test_thread_counts_take_effect(small_bundle, small_program):
         assert current_threads() == threads
     CompiledProgram(small_bundle)(images)
     assert current_threads() == usable_processors()
+
+
+@pytest.mark.skipif(usable_processors() < 2, reason="needs two processors")
+def test_a_second_thread_shares_the_work(small_bundle, small_program):
+    images = random_images(small_program, 512, seed=4)
+    shares = []
+    for threads in (1, 2):
+        compiled = CompiledProgram(small_bundle, threads)
+        compiled(images)
+        everyone, caller = time.process_time(), time.thread_time()
+        for _ in range(40):
+            compiled(images)
+        everyone, caller = time.process_time() - everyone, time.thread_time() - caller
+        shares.append((everyone - caller) / everyone)
+    assert shares[0] < 0.1
+    assert shares[1] > 0.2
 
 
 def test_any_python_thread_may_call(compiled, small_program):
