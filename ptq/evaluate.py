@@ -47,10 +47,16 @@ def evaluate(
         data: images, with or without labels.
         batch_size: images run together.
         progress: called with what is done.
+
+    Raises:
+        DataError: a label that no output stands for.
     """
     seen = correct = float_correct = agreed = 0
     for images, labels in data.batches(batch_size):
-        expected = float_run(images).argmax(-1)
+        logits = float_run(images)
+        if seen == 0:
+            data.check_labels(logits.shape[-1])
+        expected = logits.argmax(-1)
         found = expected if run is float_run else run(images).argmax(-1)
         agreed += int((found == expected).sum())
         if labels is not None:

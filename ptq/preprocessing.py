@@ -130,8 +130,9 @@ class Preprocessing:
         channels = given.get("input_size", self.input_size)[0]
         for name in ("mean", "std"):
             numbers = tuple(given.get(name, getattr(self, name)))
-            # A config for RGB with equal channels (or one number on the command line) also describes grey images.
-            given[name] = numbers[:1] * channels if len(set(numbers)) == 1 else numbers
+            # A configuration with equal channels says what to do with another number of channels too.
+            repeats = len(numbers) == 1 or (name not in given and len(set(numbers)) == 1)
+            given[name] = numbers[:1] * channels if repeats else numbers
         return replace(self, **given)
 
     def apply(self, image: npt.NDArray[np.uint8] | Image) -> Tensor:

@@ -34,8 +34,8 @@ def evaluate(
     from ptq.commands.backends import open_backend
     from ptq.evaluate import evaluate as run_evaluation
 
-    opened = open_target(target)
     resize = settings.pop("resize")
+    opened = open_target(target, settings)
     images = open_images(data, opened, limit, resize, settings)
     console.note(f"preprocessing: {images.preprocessing.describe()}")
     float_run = open_backend(opened, "float")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -100,8 +100,13 @@ class Target:
         return run
 
 
-def open_target(spec: str) -> Target:
-    """Open OUT (a directory with a manifest) or MODEL."""
+def open_target(spec: str, overrides: Mapping[str, Any] | None = None) -> Target:
+    """Open OUT (a directory with a manifest) or MODEL.
+
+    Args:
+        spec: the argument.
+        overrides: preprocessing flags; a model may adapt to another input size.
+    """
     from ptq.artifact import MANIFEST
 
     if (Path(spec) / MANIFEST).is_file():
@@ -110,7 +115,7 @@ def open_target(spec: str) -> Target:
         return Target(load(spec), None)
     from ptq.sources import load_model
 
-    return Target(None, load_model(spec))
+    return Target(None, load_model(spec, overrides))
 
 
 def open_artifact(path: Path) -> Quantized:
@@ -127,10 +132,20 @@ def open_artifact(path: Path) -> Quantized:
 
 
 def open_images(spec: str, target: Target, limit: int | None, resize: bool, overrides: dict[str, Any]) -> ImageData:
-    """Open DATA for a target, with labels checked against its classes."""
+    """Open DATA for a target, with labels checked against its classes.
+
+    Raises:
+        UsageError: another input size than the one a quantized model is made for.
+    """
     from ptq.data import open_data
 
-    preprocessing = target.preprocessing().override(**overrides)
+    own = target.preprocessing()
+    preprocessing = own.override(**overrides)
+    if target.quantized is not None and preprocessing.input_size != own.input_size:
+        raise UsageError(
+            f"--input-size is {preprocessing.input_size}, the quantized model takes {own.input_size} "
+            "(channels, height, width); quantize the model at the other size"
+        )
     classes = target.loaded.num_classes if target.loaded is not None else _num_outputs(target.quantized)
     names = target.loaded.label_names if target.loaded is not None else None
     return open_data(spec, preprocessing, limit=limit, resize=resize, num_classes=classes, label_names=names)

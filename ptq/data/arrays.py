@@ -62,7 +62,9 @@ def read_pixels(images: Array, indices: list[int], preprocessing: Preprocessing)
 
 def _load(path: Path) -> dict[str, Array]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here, because numpy leaves a damaged file open.
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise DataError(f"{path}: is a single array, expected a .npz archive with 'images'")
             return {name: archive[name] for name in archive.files if name in ("images", "labels")} or {
