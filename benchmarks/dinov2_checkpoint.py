@@ -58,8 +58,8 @@ BLOCK = {
 }
 
 #: Colour photographs that ship inside scikit-image's wheel. No photograph is in both sets.
-CALIBRATION_PHOTOGRAPHS = ("astronaut.png", "coffee.png", "hubble_deep_field.jpg", "motorcycle_left.png", "retina.jpg")
-HELD_OUT_PHOTOGRAPHS = ("chelsea.png", "rocket.jpg", "ihc.png")
+CALIBRATION_PHOTOGRAPHS = ("astronaut.png", "motorcycle_left.png", "hubble_deep_field.jpg", "retina.jpg", "ihc.png")
+HELD_OUT_PHOTOGRAPHS = ("chelsea.png", "coffee.png", "rocket.jpg")
 
 
 def load_dinov2(wheel: Path, image_size: int = 224) -> nn.Module:
