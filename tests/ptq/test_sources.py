@@ -246,9 +246,7 @@ def test_timm_at_another_size(checkpoint: Path) -> None:
 
 
 def test_timm_checkpoint_of_another_model(checkpoint: Path) -> None:
-    with pytest.raises(
-        ModelError, match=r"(?s)does not fit the model.*dist_token.*pos_embed \(checkpoint \(1, 197, 192\)"
-    ):
+    with pytest.raises(ModelError, match=r"(?s)does not fit the model.*dist_token.*pos_embed \(checkpoint"):
         load_model(f"timm:deit_tiny_distilled_patch16_224@{checkpoint}")
     with pytest.raises(UsageError, match=r"timm has no model 'vit_teeny'; names like it: .*vit"):
         load_model(f"timm:vit_teeny@{checkpoint}")
