@@ -37,6 +37,7 @@ from ptq.artifact import read_artifact, write_artifact
 from ptq.data import iterate_images
 from ptq.preprocessing import Preprocessing
 from ptq.recipes import named_recipe
+from ptq.sources.weights import hash_weights
 from ptq.version import tool_version
 from quantizers.errors import DataError
 from quantizers.integer.interpret import interpret
@@ -183,7 +184,7 @@ class Quantized:
             "recipe": recipe_to_json(self.calibrated.recipe),
             "preprocessing": None if self.preprocessing is None else self.preprocessing.to_dict(),
             "sites": self._sites(),
-            "provenance": dict(self.provenance),
+            "provenance": self.metadata(),
         }
         return description, {
             "program.json": program,
@@ -218,7 +219,7 @@ def quantize(
         recipe: rules of your own.
         example_inputs: float32 inputs to trace with; the first image where absent.
         preprocessing: kept in the artifact.
-        provenance: texts that are kept in the artifact and in exported files.
+        provenance: texts that are kept in the artifact and in exported files, beside the hash of the weights.
         total: number of images if known, for progress only.
         progress: called with a stage, what is done and what there is to do.
         work_dir: where to keep intermediate results; a killed run that is repeated goes on from there.
@@ -258,7 +259,8 @@ def quantize(
         progress=progress,
         store=store,
     )
-    return Quantized(calibrated, integerize(calibrated), preprocessing, dict(sorted((provenance or {}).items())))
+    origin = {"source_weights_sha256": hash_weights(model), **(provenance or {})}
+    return Quantized(calibrated, integerize(calibrated), preprocessing, dict(sorted(origin.items())))
 
 
 def load(path: str | Path) -> Quantized:
