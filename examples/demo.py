@@ -60,7 +60,7 @@ def main() -> None:
             (
                 backend,
                 f"{result.top1:.2f} %",
-                f"{result.agreement:.2f} %",
+                f"{100 * result.agreement:.2f} %",
                 f"{sizes[backend] / 1e6:.2f} MB",
                 f"{timings[backend].median_ms:.2f}",
             )

@@ -20,7 +20,7 @@ class Evaluation:
         n: number of images.
         top1: percent of images whose label it found; None without labels.
         float_top1: the same for float.
-        agreement: percent of images on which its first choice is float's.
+        agreement: share of images, 0 to 1, on which its first choice is float's.
     """
 
     backend: str
@@ -71,5 +71,5 @@ def evaluate(
         seen,
         100.0 * correct / seen if labelled else None,
         100.0 * float_correct / seen if labelled else None,
-        100.0 * agreed / seen,
+        agreed / seen,
     )

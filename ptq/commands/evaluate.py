@@ -48,5 +48,5 @@ def evaluate(
     top1, float_top1 = ("unlabelled" if v is None else f"{v:.2f} %" for v in (result.top1, result.float_top1))
     console.print_table(
         ("backend", "images", "top-1", "float top-1", "agreement"),
-        [(result.backend, result.n, top1, float_top1, f"{result.agreement:.2f} %")],
+        [(result.backend, result.n, top1, float_top1, f"{100 * result.agreement:.2f} %")],
     )

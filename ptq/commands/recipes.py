@@ -14,7 +14,8 @@ from ptq.recipes import DEFAULT_METHOD, RECIPES
 def recipes(as_json: bool) -> None:
     """List the methods that 'ptq quantize --method' knows."""
     if as_json:
-        console.print_json([{"name": name, "summary": entry.summary} for name, entry in RECIPES.items()])
+        entries = [{"name": name, "summary": entry.summary} for name, entry in RECIPES.items()]
+        console.print_json({"recipes": entries})
         return
     for name, entry in RECIPES.items():
         click.echo(f"{name}{' (default)' if name == DEFAULT_METHOD else ''}: {entry.summary}")
