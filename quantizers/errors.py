@@ -42,7 +42,7 @@ class UnsupportedOperatorError(ModelError):
         super().__init__(
             f"cannot {purpose}: {count} graph nodes use {len(nodes)} operators that have no integer form:\n"
             + "\n".join(lines)
-            + "\nReplace them in the model, or run the simulation only."
+            + "\nReplace them in the model."
         )
 
 
@@ -56,3 +56,7 @@ class ArtifactError(PtqError):
 
 class TargetError(PtqError):
     """A compiled bundle that this machine cannot run, or a target that cannot be compiled for."""
+
+
+class UnknownTargetError(TargetError, UsageError):
+    """A target name that does not exist: wrong use, not a failure of this machine."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from quantizers.errors import TargetError
+from quantizers.errors import TargetError, UnknownTargetError
 from tvm_backend.imports import import_tvm
 
 NATIVE = "native"
@@ -93,7 +93,7 @@ def get_target(name: str) -> CpuTarget:
     if name in TARGETS:
         return TARGETS[name]
     if name != NATIVE:
-        raise TargetError(f"unknown target {name!r}; known targets are {NATIVE}, {', '.join(TARGETS)}")
+        raise UnknownTargetError(f"unknown target {name!r}; known targets are {NATIVE}, {', '.join(TARGETS)}")
     arch, features = platform.machine(), cpu_features()
     fitting = [t for t in TARGETS.values() if t.arch == arch and features.issuperset(t.features)]
     if not fitting:
