@@ -14,18 +14,11 @@ import torch
 from torch import Tensor
 
 from quantizers.integer.inputs import check_finite, check_inputs
+from quantizers.integer.interpret_ivit import IVIT_INTERPRETERS
 from quantizers.integer.ops import LAYER_NORM_FRACTION_BITS
 from quantizers.integer.program import INTEGER_RANGES, IntegerProgram, Node
+from quantizers.integer.saturation import saturate, shift_round
 from quantizers.rounding import round_half_even
-
-_DTYPES = {
-    "int8": torch.int8,
-    "uint8": torch.uint8,
-    "int16": torch.int16,
-    "int32": torch.int32,
-    "int64": torch.int64,
-    "float32": torch.float32,
-}
 
 
 def interpret(program: IntegerProgram, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -76,21 +69,11 @@ def _align(value: Tensor, node: Node) -> Tensor:
     return value.reshape(value.shape[0], *(1,) * missing, *value.shape[1:])
 
 
-def _saturate(value: Tensor, node: Node) -> Tensor:
-    shifted = value + node.integer("zero_point")
-    return shifted.clamp(node.integer("qmin"), node.integer("qmax")).to(_DTYPES[node.type.dtype])
-
-
-def _shift_round(value: Tensor, node: Node) -> Tensor:
-    shift = node.integer("shift")
-    return (value + (1 << (shift - 1))) >> shift
-
-
 def _quantize(node: Node, x: Tensor) -> Tensor:
     scale = torch.tensor(node.real("scale"), dtype=torch.float32)
     # Clamping before the conversion keeps values beyond int32 defined; it cannot change the code.
     codes = round_half_even(x / scale).clamp(-(2.0**24), 2.0**24).to(torch.int64)
-    return _saturate(codes, node)
+    return saturate(codes, node)
 
 
 def _dequantize(node: Node, x: Tensor, scale: Tensor) -> Tensor:
@@ -114,13 +97,13 @@ def _multiply(node: Node, a: Tensor, b: Tensor) -> Tensor:
 
 def _requantize(node: Node, x: Tensor, multiplier: Tensor) -> Tensor:
     centred = x.to(torch.int64) - node.integer("input_zero_point")
-    return _saturate(_shift_round(centred * multiplier[0].to(torch.int64), node), node)
+    return saturate(shift_round(centred * multiplier[0].to(torch.int64), node), node)
 
 
 def _add(node: Node, a: Tensor, b: Tensor, multiplier_a: Tensor, multiplier_b: Tensor) -> Tensor:
     left = (_align(a, node).to(torch.int64) - node.integer("zero_point_a")) * multiplier_a[0].to(torch.int64)
     right = (_align(b, node).to(torch.int64) - node.integer("zero_point_b")) * multiplier_b[0].to(torch.int64)
-    return _saturate(_shift_round(left + right, node), node)
+    return saturate(shift_round(left + right, node), node)
 
 
 def _lookup(node: Node, x: Tensor, table: Tensor) -> Tensor:
@@ -139,7 +122,7 @@ def _row_sum(node: Node, x: Tensor) -> Tensor:
 
 def _normalize_rows(node: Node, x: Tensor, total: Tensor) -> Tensor:
     reciprocal = node.integer("numerator") // total.to(torch.int64)
-    return _saturate(_shift_round(x.to(torch.int64) * reciprocal, node), node)
+    return saturate(shift_round(x.to(torch.int64) * reciprocal, node), node)
 
 
 def _layer_norm(node: Node, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -155,7 +138,7 @@ def _layer_norm(node: Node, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     reciprocal = (1 << 61) // integer_sqrt(variance)
     shift = 61 - LAYER_NORM_FRACTION_BITS - exponent
     normalized = ((width * codes - total) * reciprocal + (torch.ones_like(shift) << (shift - 1))) >> shift
-    return _saturate(_shift_round(normalized * weight[0].to(torch.int64) + bias[0], node), node)
+    return saturate(shift_round(normalized * weight[0].to(torch.int64) + bias[0], node), node)
 
 
 def _reduce_sum(node: Node, x: Tensor) -> Tensor:
@@ -210,5 +193,6 @@ INTERPRETERS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
         "permute": _permute,
         "slice": _slice,
         "concat": _concat,
+        **IVIT_INTERPRETERS,
     }
 )

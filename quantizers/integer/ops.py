@@ -9,7 +9,7 @@ quantize         float32 x: ``saturate(round_half_even(x / scale))``; the divisi
 dequantize       ``float32(x - zero_point) * scale``, float32 product; scale broadcasts from the right
 linear           x[..., K], weight int8[N, K], bias int32[N]: ``sum_k x w + bias``, int32[..., N]
 matmul           a[..., M, K], b[..., K, N] (or [..., N, K] with transpose_b):
-                 ``sum_k (a - zero_point_a) (b - zero_point_b)``, int32
+                 ``sum_k (a - zero_point_a) (b - zero_point_b)``, int32; a may be int16
 multiply         ``(a - zero_point_a) (b - zero_point_b)``, int32
 requantize       ``saturate(((x - input_zero_point) m + 2^(shift-1)) >> shift)``
 add              ``saturate(((a - zero_point_a) ma + (b - zero_point_b) mb + 2^(shift-1)) >> shift)``
@@ -24,6 +24,21 @@ layer_norm       x[..., C]: ``S = sum x``, ``V = C sum x^2 - S^2 + epsilon``, ``
 reduce_sum       ``sum (x - zero_point)`` over one axis, which goes, int32
 patches          x[C, H, W]: windows as rows, [windows, C kh kw], outside = pad_value
 reshape, permute, slice, concat: views; one dtype
+===============  =====================================================================================
+
+The published operators of I-ViT (arXiv 2207.01405). ``E(d)`` is the exponential by shifts of
+:mod:`quantizers.integer.ivit` with ``inverse_scale`` and ``window``, ``M = 2^31 - 1``:
+
+===============  =====================================================================================
+shiftmax         8-bit x, rows along the last axis: ``e_i = E(x_i - max x)``, ``F = M // min(sum e, M)``,
+                 ``(e_i F) >> (32 - bits)``: int8 or int16 by ``bits``, codes of ``2^-(bits-1)``
+shift_gelu       8-bit x, ``x' = x - input_zero_point``, ``m = max x'`` of the row,
+                 ``e_i = E(x'_i - m)``, ``c = E(-m)``, ``F_i = M // min(e_i + c, M)``,
+                 ``x'_i ((e_i F_i) >> (32 - bits))``, int32, codes of the input's scale times ``2^-(bits-1)``
+i_layer_norm     x[..., C]: ``y = x - round_half_even(sum x / C)``, ``v = sum y^2``, ``k = 2^start`` or
+                 with start -1 ``2^(bits of v // 2)``, ``iterations`` times
+                 ``k = max(1, (k + v // k) >> 1)``, ``n = (y (M // k)) >> 1``,
+                 ``saturate(((n + bias) weight + 2^(shift-1)) >> shift)``
 ===============  =====================================================================================
 
 ``m``, ``ma``, ``mb`` are int32 constants that broadcast from the right against one sample.
@@ -79,5 +94,8 @@ OPS: Mapping[str, OpSignature] = MappingProxyType(
         "permute": OpSignature(("x",), (), ("axes",)),
         "slice": OpSignature(("x",), (), ("axis", "start", "stop", "step")),
         "concat": OpSignature(("x",), (), ("axis",), variadic=True),
+        "shiftmax": OpSignature(("x",), (), ("inverse_scale", "window", "bits")),
+        "shift_gelu": OpSignature(("x",), (), ("input_zero_point", "inverse_scale", "window", "bits")),
+        "i_layer_norm": OpSignature(("x",), ("weight", "bias"), ("start", "iterations", "shift", *_SATURATE)),
     }
 )

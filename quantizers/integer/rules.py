@@ -12,115 +12,48 @@ from types import MappingProxyType
 
 import numpy as np
 
-from quantizers.errors import ProgramError
 from quantizers.integer.bounds import Checked, Interval, Operand
-from quantizers.integer.fixed_point import MAX_SHIFT, MIN_SHIFT
+from quantizers.integer.checks import (
+    BYTES,
+    INT64_MAX,
+    fail,
+    require_broadcast,
+    require_dtype,
+    require_int64,
+    require_integer,
+    rescaled,
+    saturated,
+    zero_point_of,
+)
 from quantizers.integer.ops import LAYER_NORM_FRACTION_BITS
 from quantizers.integer.program import INTEGER_RANGES, Node, TensorType
-
-_INT64_MAX = 2**63 - 1
-_BYTES = ("int8", "uint8")
-#: Element types of values; int64 is for the constants and the inside of operators only.
-_VALUES = ("int8", "uint8", "int16", "int32")
-
-
-def fail(node: Node, message: str) -> ProgramError:
-    """Return the error for a node, with its place in the model."""
-    where = f" ({node.source})" if node.source else ""
-    return ProgramError(f"{node.op} {node.name}{where}: {message}")
-
-
-def require_fits(node: Node, interval: Interval, dtype: str) -> None:
-    """Refuse a result whose bounds leave its integer type."""
-    low, high = INTEGER_RANGES[dtype]
-    if interval.low < low or interval.high > high:
-        raise fail(node, f"could overflow {dtype}: the result lies in [{interval.low}, {interval.high}]")
-
-
-def _require_int64(node: Node, magnitude: int) -> None:
-    if magnitude > _INT64_MAX:
-        raise fail(node, f"could overflow int64: an intermediate reaches {magnitude}, above 2^63 - 1")
-
-
-def _require_dtype(node: Node, operand: Operand, *dtypes: str) -> None:
-    if operand.type.dtype not in dtypes:
-        raise fail(node, f"operand {operand.name} is {operand.type}, expected {' or '.join(dtypes)}")
-
-
-def _require_integer(node: Node, operand: Operand) -> None:
-    _require_dtype(node, operand, *_VALUES)
-
-
-def _zero_point(node: Node, key: str, operand: Operand) -> int:
-    """Return an operand's zero point, which must be a code of its type, so that no difference needs two bits more."""
-    zero_point = node.integer(key)
-    low, high = INTEGER_RANGES[operand.type.dtype]
-    if not low <= zero_point <= high:
-        raise fail(node, f"{key} is {zero_point}, expected a code of {operand.name}, {low} to {high}")
-    return zero_point
-
-
-def _broadcast(node: Node, shape: tuple[int, ...], operand: Operand) -> None:
-    try:
-        fits = np.broadcast_shapes(shape, operand.type.shape) == shape
-    except ValueError:
-        fits = False
-    if not fits:
-        raise fail(node, f"{operand.name} of shape {operand.type.shape} does not broadcast to {shape}")
-
-
-def _shift(node: Node) -> int:
-    shift = node.integer("shift")
-    if not MIN_SHIFT <= shift <= MAX_SHIFT:
-        raise fail(node, f"shift is {shift}, expected {MIN_SHIFT} to {MAX_SHIFT}")
-    return shift
-
-
-def _saturated(node: Node, value: Interval, *, int64: bool = True) -> Interval:
-    zero_point, qmin, qmax = (node.integer(key) for key in ("zero_point", "qmin", "qmax"))
-    if node.type.dtype not in _VALUES:
-        raise fail(node, f"the result is declared {node.type}, expected {' or '.join(_VALUES)}")
-    low, high = INTEGER_RANGES[node.type.dtype]
-    if not low <= qmin <= zero_point <= qmax <= high:
-        raise fail(node, f"expected {low} <= qmin <= zero_point <= qmax <= {high}, got {qmin}, {zero_point}, {qmax}")
-    if int64:
-        _require_int64(node, value.magnitude + abs(zero_point))
-    clip = [min(max(v + zero_point, qmin), qmax) for v in (value.low, value.high)]
-    return Interval(clip[0], clip[1])
-
-
-def _rescaled(node: Node, product: Interval) -> Interval:
-    """Bounds of ``saturate((product + half) >> shift)``."""
-    shift = _shift(node)
-    half = 1 << (shift - 1)
-    _require_int64(node, product.magnitude + half)
-    return _saturated(node, Interval((product.low + half) >> shift, (product.high + half) >> shift))
+from quantizers.integer.rules_ivit import IVIT_RULES, largest_row_sum
 
 
 def _quantize(node: Node, x: Operand) -> Checked:
-    _require_dtype(node, x, "float32")
+    require_dtype(node, x, "float32")
     if x.node is not None:
         raise fail(node, f"{x.name} is not an input; float is for the doors only, rescale integers with requantize")
     scale = node.real("scale")
     if not (math.isfinite(scale) and scale > 0 and float(np.float32(scale)) == scale):
         raise fail(node, f"scale is {scale!r}, expected a positive float32 value")
-    bounds = _saturated(node, Interval(-(2**24), 2**24), int64=False)
+    bounds = saturated(node, Interval(-(2**24), 2**24), int64=False)
     return TensorType(node.type.dtype, x.type.shape), bounds
 
 
 def _dequantize(node: Node, x: Operand, scale: Operand) -> Checked:
-    _require_integer(node, x)
-    _require_dtype(node, scale, "float32")
-    _broadcast(node, x.type.shape, scale)
-    if x.interval.minus(_zero_point(node, "zero_point", x)).magnitude > 2**31 - 1:
+    require_integer(node, x)
+    require_dtype(node, scale, "float32")
+    require_broadcast(node, x.type.shape, scale)
+    if x.interval.minus(zero_point_of(node, "zero_point", x)).magnitude > 2**31 - 1:
         raise fail(node, "x - zero_point could overflow int32")
     return TensorType("float32", x.type.shape), Interval(0, 0)
 
 
 def _linear(node: Node, x: Operand, weight: Operand, bias: Operand) -> Checked:
-    _require_dtype(node, x, *_BYTES)
-    _require_dtype(node, weight, "int8")
-    _require_dtype(node, bias, "int32")
+    require_dtype(node, x, *BYTES)
+    require_dtype(node, weight, "int8")
+    require_dtype(node, bias, "int32")
     assert weight.array is not None
     assert bias.array is not None
     if len(weight.type.shape) != 2 or not x.type.shape or x.type.shape[-1] != weight.type.shape[1]:
@@ -144,8 +77,8 @@ def _linear(node: Node, x: Operand, weight: Operand, bias: Operand) -> Checked:
 
 
 def _matmul(node: Node, a: Operand, b: Operand) -> Checked:
-    _require_dtype(node, a, *_BYTES)
-    _require_dtype(node, b, *_BYTES)
+    require_dtype(node, a, *BYTES, "int16")
+    require_dtype(node, b, *BYTES)
     shape_a, shape_b = a.type.shape, b.type.shape
     if len(shape_a) < 2 or len(shape_b) < 2 or shape_a[:-2] != shape_b[:-2]:
         raise fail(node, f"a is {a.type} and b is {b.type}, expected equal leading axes and two matrix axes")
@@ -154,66 +87,70 @@ def _matmul(node: Node, a: Operand, b: Operand) -> Checked:
     rows_b, columns_b = shape_b[-2:][::-1] if node.integer("transpose_b") else shape_b[-2:]
     if shape_a[-1] != rows_b:
         raise fail(node, f"a is {a.type} and b is {b.type}: {shape_a[-1]} is not {rows_b}")
-    left = a.interval.minus(_zero_point(node, "zero_point_a", a))
-    right = b.interval.minus(_zero_point(node, "zero_point_b", b))
-    reach = shape_a[-1] * left.magnitude * right.magnitude
-    if reach > INTEGER_RANGES["int32"][1]:
-        raise fail(node, f"could overflow int32: a sum can reach {reach}")
+    left = a.interval.minus(zero_point_of(node, "zero_point_a", a))
+    right = b.interval.minus(zero_point_of(node, "zero_point_b", b))
+    # Probabilities share one total: a row of them never weighs more, however long it is.
+    weight = shape_a[-1] * left.magnitude
+    if a.node is not None and a.node.op == "shiftmax" and node.integer("zero_point_a") == 0:
+        weight = min(weight, largest_row_sum(a.node, shape_a[-1]))
+    if weight * right.magnitude > INTEGER_RANGES["int32"][1]:
+        raise fail(node, f"could overflow int32: a sum can reach {weight * right.magnitude}")
     product = left.times(right)
-    bounds = Interval(product.low * shape_a[-1], product.high * shape_a[-1])
-    return TensorType("int32", (*shape_a[:-1], columns_b)), bounds
+    low, high = product.low * shape_a[-1], product.high * shape_a[-1]
+    reach = weight * right.magnitude
+    return TensorType("int32", (*shape_a[:-1], columns_b)), Interval(max(low, -reach), min(high, reach))
 
 
 def _multiply(node: Node, a: Operand, b: Operand) -> Checked:
-    _require_dtype(node, a, "int8", "uint8", "int16")
-    _require_dtype(node, b, "int8", "uint8", "int16")
+    require_dtype(node, a, "int8", "uint8", "int16")
+    require_dtype(node, b, "int8", "uint8", "int16")
     try:
         shape = tuple(np.broadcast_shapes(a.type.shape, b.type.shape))
     except ValueError as error:
         raise fail(node, f"{a.type} and {b.type} do not broadcast") from error
-    left = a.interval.minus(_zero_point(node, "zero_point_a", a))
-    return TensorType("int32", shape), left.times(b.interval.minus(_zero_point(node, "zero_point_b", b)))
+    left = a.interval.minus(zero_point_of(node, "zero_point_a", a))
+    return TensorType("int32", shape), left.times(b.interval.minus(zero_point_of(node, "zero_point_b", b)))
 
 
 def _requantize(node: Node, x: Operand, multiplier: Operand) -> Checked:
-    _require_integer(node, x)
-    _require_dtype(node, multiplier, "int32")
-    _broadcast(node, x.type.shape, multiplier)
-    product = x.interval.minus(_zero_point(node, "input_zero_point", x)).times(multiplier.interval)
-    return TensorType(node.type.dtype, x.type.shape), _rescaled(node, product)
+    require_integer(node, x)
+    require_dtype(node, multiplier, "int32")
+    require_broadcast(node, x.type.shape, multiplier)
+    product = x.interval.minus(zero_point_of(node, "input_zero_point", x)).times(multiplier.interval)
+    return TensorType(node.type.dtype, x.type.shape), rescaled(node, product)
 
 
 def _add(node: Node, a: Operand, b: Operand, multiplier_a: Operand, multiplier_b: Operand) -> Checked:
     for operand in (a, b):
-        _require_integer(node, operand)
+        require_integer(node, operand)
     try:
         shape = tuple(np.broadcast_shapes(a.type.shape, b.type.shape))
     except ValueError as error:
         raise fail(node, f"{a.type} and {b.type} do not broadcast") from error
     for multiplier in (multiplier_a, multiplier_b):
-        _require_dtype(node, multiplier, "int32")
-        _broadcast(node, shape, multiplier)
-    left = a.interval.minus(_zero_point(node, "zero_point_a", a)).times(multiplier_a.interval)
-    right = b.interval.minus(_zero_point(node, "zero_point_b", b)).times(multiplier_b.interval)
-    _require_int64(node, left.magnitude + right.magnitude)
-    return TensorType(node.type.dtype, shape), _rescaled(node, left.plus(right))
+        require_dtype(node, multiplier, "int32")
+        require_broadcast(node, shape, multiplier)
+    left = a.interval.minus(zero_point_of(node, "zero_point_a", a)).times(multiplier_a.interval)
+    right = b.interval.minus(zero_point_of(node, "zero_point_b", b)).times(multiplier_b.interval)
+    require_int64(node, left.magnitude + right.magnitude)
+    return TensorType(node.type.dtype, shape), rescaled(node, left.plus(right))
 
 
 def _table(node: Node, x: Operand, table: Operand) -> None:
-    _require_dtype(node, x, *_BYTES)
+    require_dtype(node, x, *BYTES)
     if table.type.shape != (256,):
         raise fail(node, f"table is {table.type}, expected 256 entries")
 
 
 def _lookup(node: Node, x: Operand, table: Operand) -> Checked:
     _table(node, x, table)
-    _require_integer(node, table)
+    require_integer(node, table)
     return TensorType(table.type.dtype, x.type.shape), table.interval
 
 
 def _exponentials(node: Node, x: Operand, table: Operand) -> Checked:
     _table(node, x, table)
-    _require_dtype(node, table, "uint8")
+    require_dtype(node, table, "uint8")
     assert table.array is not None
     if not x.type.shape or int(table.array[0]) < 1:
         raise fail(node, "expected at least one axis and table[0] >= 1, so that each row has a positive sum")
@@ -230,13 +167,13 @@ def _row_sum(node: Node, x: Operand) -> Checked:
 
 
 def _normalize_rows(node: Node, x: Operand, total: Operand) -> Checked:
-    _require_dtype(node, x, "uint8", "int32")
+    require_dtype(node, x, "uint8", "int32")
     if total.node is None or total.node.op != "row_sum":
         raise fail(node, f"sum must be the result of row_sum, got {total.name}")
     if total.type.shape != (*x.type.shape[:-1], 1):
         raise fail(node, f"x is {x.type} and sum is {total.type}, expected one sum for each row")
     weights, numerator = total.node.inputs[0], node.integer("numerator")
-    if not 1 <= numerator <= _INT64_MAX:
+    if not 1 <= numerator <= INT64_MAX:
         raise fail(node, f"numerator is {numerator}, expected 1 to 2^63 - 1")
     if x.name == weights:
         # Each entry is at most its row's sum.
@@ -250,13 +187,13 @@ def _normalize_rows(node: Node, x: Operand, total: Operand) -> Checked:
         product = Interval(-numerator * reach, numerator * reach)
     else:
         raise fail(node, f"x must be the exponentials that were summed or their matmul, got {x.name}")
-    return TensorType(node.type.dtype, x.type.shape), _rescaled(node, product)
+    return TensorType(node.type.dtype, x.type.shape), rescaled(node, product)
 
 
 def _layer_norm(node: Node, x: Operand, weight: Operand, bias: Operand) -> Checked:
-    _require_dtype(node, x, "int8", "uint8", "int16")
-    _require_dtype(node, weight, "int32")
-    _require_dtype(node, bias, "int64")
+    require_dtype(node, x, "int8", "uint8", "int16")
+    require_dtype(node, weight, "int32")
+    require_dtype(node, bias, "int64")
     width = x.type.shape[-1] if x.type.shape else 0
     if width < 1 or weight.type.shape != (width,) or bias.type.shape != (width,):
         raise fail(node, f"x is {x.type}, weight {weight.type}, bias {bias.type}: expected one entry a channel")
@@ -267,17 +204,17 @@ def _layer_norm(node: Node, x: Operand, weight: Operand, bias: Operand) -> Check
     if epsilon < 1 or 2 * width * width * reach * reach + epsilon >= 2**62:
         raise fail(node, f"epsilon is {epsilon}; with {width} channels the variance must be in [1, 2^62)")
     # |C x - S| <= 2 C max|x|, and the reciprocal is at most 2^31.
-    _require_int64(node, (2 * width * reach << 31) + 2**40)
+    require_int64(node, (2 * width * reach << 31) + 2**40)
     normalized = (math.isqrt(width) + 1) << LAYER_NORM_FRACTION_BITS
     products = [abs(int(w)) * normalized + abs(int(b)) for w, b in zip(weight.array, bias.array, strict=True)]
-    return TensorType(node.type.dtype, x.type.shape), _rescaled(node, Interval(-max(products), max(products)))
+    return TensorType(node.type.dtype, x.type.shape), rescaled(node, Interval(-max(products), max(products)))
 
 
 def _reduce_sum(node: Node, x: Operand) -> Checked:
-    _require_dtype(node, x, "int8", "uint8", "int16")
+    require_dtype(node, x, "int8", "uint8", "int16")
     axis = _axis(node, x)
     shape = x.type.shape
-    centred = x.interval.minus(_zero_point(node, "zero_point", x))
+    centred = x.interval.minus(zero_point_of(node, "zero_point", x))
     if centred.magnitude * shape[axis] > INTEGER_RANGES["int32"][1]:
         raise fail(node, f"could overflow int32: a sum can reach {centred.magnitude * shape[axis]}")
     bounds = Interval(centred.low * shape[axis], centred.high * shape[axis])
@@ -292,7 +229,7 @@ def _axis(node: Node, x: Operand) -> int:
 
 
 def _patches(node: Node, x: Operand) -> Checked:
-    _require_dtype(node, x, *_BYTES)
+    require_dtype(node, x, *BYTES)
     if len(x.type.shape) != 3:
         raise fail(node, f"x is {x.type}, expected [channels, height, width]")
     channels, *extents = x.type.shape
@@ -311,7 +248,7 @@ def _patches(node: Node, x: Operand) -> Checked:
 
 
 def _reshape(node: Node, x: Operand) -> Checked:
-    _require_integer(node, x)
+    require_integer(node, x)
     shape = node.integers("shape")
     if math.prod(shape) != math.prod(x.type.shape) or any(extent < 1 for extent in shape):
         raise fail(node, f"cannot reshape {x.type} to {shape}")
@@ -319,7 +256,7 @@ def _reshape(node: Node, x: Operand) -> Checked:
 
 
 def _permute(node: Node, x: Operand) -> Checked:
-    _require_integer(node, x)
+    require_integer(node, x)
     axes = node.integers("axes")
     if sorted(axes) != list(range(len(x.type.shape))):
         raise fail(node, f"axes {axes} are not a permutation of the {len(x.type.shape)} axes of {x.type}")
@@ -327,7 +264,7 @@ def _permute(node: Node, x: Operand) -> Checked:
 
 
 def _slice(node: Node, x: Operand) -> Checked:
-    _require_integer(node, x)
+    require_integer(node, x)
     axis, start, stop, step = _axis(node, x), *(node.integer(key) for key in ("start", "stop", "step"))
     shape = x.type.shape
     if not (0 <= start < stop <= shape[axis] and step >= 1):
@@ -337,7 +274,7 @@ def _slice(node: Node, x: Operand) -> Checked:
 
 def _concat(node: Node, *parts: Operand) -> Checked:
     for part in parts:
-        _require_integer(node, part)
+        require_integer(node, part)
     axis, first = _axis(node, parts[0]), parts[0].type
     rest = {(p.type.dtype, p.type.shape[:axis], p.type.shape[axis + 1 :]) for p in parts}
     if all(part.array is not None for part in parts):
@@ -369,5 +306,6 @@ RULES: Mapping[str, Callable[..., Checked]] = MappingProxyType(
         "permute": _permute,
         "slice": _slice,
         "concat": _concat,
+        **IVIT_RULES,
     }
 )

@@ -13,9 +13,10 @@ import numpy.typing as npt
 
 from quantizers.errors import ProgramError
 from quantizers.integer.bounds import Interval, Operand
+from quantizers.integer.checks import require_fits
 from quantizers.integer.ops import OPS
 from quantizers.integer.program import INTEGER_RANGES, IntegerProgram, Node, TensorType
-from quantizers.integer.rules import RULES, require_fits
+from quantizers.integer.rules import RULES
 
 
 def verify(program: IntegerProgram) -> dict[str, Interval]:

@@ -91,7 +91,9 @@ def test_linear_attains_the_largest_and_the_lowest_int32() -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("transpose_b", [0, 1])
-@pytest.mark.parametrize(("dtype_a", "dtype_b"), [("int8", "int8"), ("uint8", "int8"), ("int8", "uint8")])
+@pytest.mark.parametrize(
+    ("dtype_a", "dtype_b"), [("int8", "int8"), ("uint8", "int8"), ("int8", "uint8"), ("int16", "int8")]
+)
 def test_matmul(seed: int, transpose_b: int, dtype_a: str, dtype_b: str) -> None:
     rng = np.random.default_rng(seed)
     a = extremes(rng, dtype_a, (2, 3, 4, 6))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from support.programs import ProgramBuilder, random_block, saturate
+from support.published_programs import random_published_block
 
 from quantizers.errors import ProgramError
 from quantizers.integer.program import INTEGER_RANGES, IntegerProgram, Node, TensorType
@@ -62,10 +63,10 @@ def add(shape_b=(4,), multiplier: np.ndarray | None = None, dtype_b: str = "int8
     return b.build(b.node("add", (x, y, m, m), "int8", (4,), **values))
 
 
-def one(op: str, shape: tuple, out: tuple, /, *constants: np.ndarray, dtype="int8", to=None, **attributes):
-    """One operator on a quantized input."""
+def one(op: str, shape: tuple, out: tuple, /, *constants: np.ndarray, dtype="int8", to=None, twice=False, **attributes):
+    """One operator on a quantized input, or on the same one twice."""
     b, x = start(*shape, dtype=dtype)
-    return b.build(b.node(op, (x, *map(b.constant, constants)), to or dtype, out, **attributes))
+    return b.build(b.node(op, (x,) * (1 + twice) + tuple(map(b.constant, constants)), to or dtype, out, **attributes))
 
 
 def layer_norm(width: int = 4, dtype: str = "int16", weight=None, bias=None, **attributes):
@@ -321,9 +322,13 @@ BAD: dict[str, tuple[Callable[[], IntegerProgram], str]] = {
         lambda: matmul((2, 4), (4, 4), (2, 4), transpose_b=2),
         "transpose_b is 2, expected 0 or 1",
     ),
-    "matmul on int16": (
-        lambda: matmul((2, 4), (4, 3), (2, 3), dtype="int16"),
-        "operand v0 is int16[2, 4], expected int8",
+    "matmul with int16 on its right": (
+        lambda: one("matmul", (4, 4), (4, 4), dtype="int16", to="int32", transpose_b=0, twice=True, **BYTE_ZEROS),
+        "operand v0 is int16[4, 4], expected int8 or uint8",
+    ),
+    "matmul of int16 with K too large": (
+        lambda: matmul((1, 512), (512, 1), (1, 1), dtype="int16"),
+        "could overflow int32: a sum can reach 2147483648",
     ),
     "zero point outside its type": (
         lambda: matmul((2, 4), (4, 3), (2, 3), zero_point_b=128),
@@ -556,7 +561,8 @@ def test_the_place_in_the_model_is_named() -> None:
 def test_random_programs_use_every_operator() -> None:
     from quantizers.integer.ops import OPS
 
-    assert {node.op for node in random_block(0).nodes} == set(OPS)
+    programs = (random_block(0), random_published_block(0))
+    assert {node.op for program in programs for node in program.nodes} == set(OPS)
 
 
 def test_types_lists_every_value_and_text_every_line() -> None:

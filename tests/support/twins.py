@@ -130,6 +130,58 @@ def concat(a, *parts):
     return np.concatenate(parts, axis=a["axis"])
 
 
+def _shift_exponential(distance: int, a: dict) -> Fraction:
+    """The published exponential as the paper writes it: real halves, a real floor, powers of two on both sides of 1."""
+    inverse, window = a["inverse_scale"], a["window"]
+    power = distance + math.floor(Fraction(distance, 2)) - math.floor(Fraction(distance, 16))
+    power = max(power, -window * inverse)
+    whole = math.floor(Fraction(power, -inverse))
+    rest = power + whole * inverse
+    assert -inverse < rest <= 0
+    return math.floor((Fraction(rest, 2) + inverse) * Fraction(2) ** (window - whole))
+
+
+def _reciprocal_product(value: int, total: int, bits: int) -> int:
+    factor = math.floor(Fraction(2**31 - 1, min(total, 2**31 - 1)))
+    return math.floor(Fraction(value * factor, 2 ** (32 - bits)))
+
+
+def shiftmax(a, x):
+    result = np.empty(x.shape, dtype=object)
+    for lead in np.ndindex(x.shape[:-1]):
+        row = [int(v) for v in x[lead]]
+        powers = [_shift_exponential(v - max(row), a) for v in row]
+        result[lead] = [_reciprocal_product(p, sum(powers), a["bits"]) for p in powers]
+    return result
+
+
+def shift_gelu(a, x):
+    result = np.empty(x.shape, dtype=object)
+    for lead in np.ndindex(x.shape[:-1]):
+        row = [int(v) - a["input_zero_point"] for v in x[lead]]
+        one = _shift_exponential(-max(row), a)
+        powers = [_shift_exponential(v - max(row), a) for v in row]
+        gates = [_reciprocal_product(p, p + one, a["bits"]) for p in powers]
+        result[lead] = [v * gate for v, gate in zip(row, gates, strict=True)]
+    return result
+
+
+def i_layer_norm(a, x, weight, bias):
+    result = np.empty(x.shape, dtype=object)
+    for lead in np.ndindex(x.shape[:-1]):
+        row = [int(v) for v in x[lead]]
+        centred = [v - round(Fraction(sum(row), len(row))) for v in row]
+        squares = sum(v * v for v in centred)
+        root = 2 ** (len(f"{squares:b}") // 2 if squares else 0) if a["start"] == -1 else 2 ** a["start"]
+        for _ in range(a["iterations"]):
+            root = max(1, math.floor(Fraction(root + math.floor(Fraction(squares, root)), 2)))
+        for channel, value in enumerate(centred):
+            normalized = math.floor(Fraction(value * math.floor(Fraction(2**31 - 1, root)), 2))
+            product = (normalized + bias[channel]) * weight[channel]
+            result[(*lead, channel)] = saturate(half_up(product, a["shift"]), a)
+    return result
+
+
 TWINS = {
     "linear": linear,
     "matmul": matmul,
@@ -147,6 +199,9 @@ TWINS = {
     "permute": permute,
     "slice": slice_,
     "concat": concat,
+    "shiftmax": shiftmax,
+    "shift_gelu": shift_gelu,
+    "i_layer_norm": i_layer_norm,
 }
 
 
