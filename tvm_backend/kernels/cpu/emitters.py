@@ -14,6 +14,7 @@ from tvm_backend.kernels.cpu.elementwise import (
     emit_quantize,
     emit_requantize,
 )
+from tvm_backend.kernels.cpu.ivit import emit_i_layer_norm, emit_shift_gelu, emit_shiftmax
 from tvm_backend.kernels.cpu.layer_norm import emit_layer_norm
 from tvm_backend.kernels.cpu.linear import emit_linear
 from tvm_backend.kernels.cpu.matmul import emit_matmul
@@ -44,5 +45,8 @@ EMITTERS: Mapping[str, Callable[[Node, Sequence[Operand], CpuTarget], Kernel]] =
         "permute": emit_view,
         "slice": emit_view,
         "concat": emit_concat,
+        "shiftmax": emit_shiftmax,
+        "shift_gelu": emit_shift_gelu,
+        "i_layer_norm": emit_i_layer_norm,
     }
 )
