@@ -24,10 +24,11 @@ from calibration.sites import OUTPUT, Edge, Site, find_sites
 from calibration.statistics import Histogram, empty, update
 from quantizers.errors import DataError, ModelError
 from quantizers.row_relative import RowRelativeQParams
+from quantizers.shiftmax import ShiftmaxQParams
 from quantizers.spec import QuantSpec
 from quantizers.uniform import UniformQParams, qparams_from_range, quantize
 
-QParams = UniformQParams | RowRelativeQParams
+QParams = UniformQParams | RowRelativeQParams | ShiftmaxQParams
 Progress = Callable[[str, int, int], None]
 
 #: Images run together; fixed, so that the arithmetic is the same for every caller.
@@ -103,7 +104,7 @@ def calibrate(
     stats, count, fingerprint = _observe(graph, observed, images, total, progress, store)
     qparams: dict[str, QParams] = {}
     for done, site in enumerate(sites):
-        qparams[site.name] = _choose(graph, site, specs[site.name], stats.get(site.name))
+        qparams[site.name] = _choose(graph, site, specs[site.name], stats.get(site.name), recipe.nonlinear)
         if progress is not None:
             progress("search ranges", done + 1, len(sites))
     _fit_weights_to_biases(graph, sites, qparams)
@@ -206,9 +207,9 @@ def _micro_batches(graph: Graph, images: Iterable[tuple[Tensor, ...]]) -> Iterat
         yield tuple(torch.stack(column) for column in zip(*pending, strict=True))
 
 
-def _choose(graph: Graph, site: Site, spec: QuantSpec, stats: Histogram | None) -> QParams:
+def _choose(graph: Graph, site: Site, spec: QuantSpec, stats: Histogram | None, nonlinear: str) -> QParams:
     if site.kind == "probability":
-        return RowRelativeQParams(2**spec.bits - 1)
+        return ShiftmaxQParams(spec.bits) if nonlinear == "published" else RowRelativeQParams(2**spec.bits - 1)
     if stats is not None:
         return search_activation(stats, spec)
     constant = graph.constants[site.value]

@@ -136,13 +136,23 @@ class Graph:
 EdgeHook = Callable[[Operation, int, Tensor], Tensor]
 
 
-def execute(graph: Graph, inputs: Sequence[Tensor], on_edge: EdgeHook | None = None) -> tuple[Tensor, ...]:
+#: Computes an operation from its operands.
+Executor = Callable[..., Tensor]
+
+
+def execute(
+    graph: Graph,
+    inputs: Sequence[Tensor],
+    on_edge: EdgeHook | None = None,
+    executors: Mapping[str, Executor] | None = None,
+) -> tuple[Tensor, ...]:
     """Run a graph in float32.
 
     Args:
         graph: the graph.
         inputs: float32 tensors ``(batch, *shape)``.
         on_edge: sees, and may replace, every operand just before it is read.
+        executors: by operator, called instead of those of :data:`EXECUTORS`.
 
     Returns:
         One tensor ``(batch, *shape)`` for each output.
@@ -151,6 +161,7 @@ def execute(graph: Graph, inputs: Sequence[Tensor], on_edge: EdgeHook | None = N
         DataError: count, shape or dtype of the inputs differ from the graph's.
     """
     check_shapes(graph, inputs)
+    table = EXECUTORS if executors is None else {**EXECUTORS, **executors}
     values: dict[str, Tensor] = {name: tensor[None] for name, tensor in graph.constants.items()}
     values.update({name: tensor for (name, _), tensor in zip(graph.inputs, inputs, strict=True)})
     last_use = {name: operation.name for operation in graph.operations for name in operation.inputs}
@@ -159,7 +170,7 @@ def execute(graph: Graph, inputs: Sequence[Tensor], on_edge: EdgeHook | None = N
         operands = [values[name] for name in operation.inputs]
         if on_edge is not None:
             operands = [on_edge(operation, position, operand) for position, operand in enumerate(operands)]
-        values[operation.name] = EXECUTORS[operation.op](operation, *operands)
+        values[operation.name] = table[operation.op](operation, *operands)
         for name in operation.inputs:
             if last_use[name] == operation.name and name not in kept:
                 values.pop(name, None)
@@ -238,7 +249,7 @@ def _concat(operation: Operation, *parts: Tensor) -> Tensor:
     return torch.cat([part.expand(batch, *part.shape[1:]) for part in parts], operation.integer("axis") + 1)
 
 
-EXECUTORS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
+EXECUTORS: Mapping[str, Executor] = MappingProxyType(
     {
         "linear": _linear,
         "conv2d": _conv2d,

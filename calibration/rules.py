@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 
 from calibration.sites import SITE_KINDS, Site
 from quantizers.errors import RecipeError
+from quantizers.shiftmax import SHIFTMAX_BITS
 from quantizers.spec import QuantSpec
 
 
@@ -33,12 +34,32 @@ class Rule:
         return fnmatchcase(site.kind, self.kind) and fnmatchcase(site.name, self.name)
 
 
+#: Integer forms of softmax, GELU, LayerNorm and residual sums: ours, or those of I-ViT as published.
+NONLINEAR = ("corrected", "published")
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A named, ordered list of rules."""
+    """A named, ordered list of rules.
+
+    Args:
+        name: for people.
+        rules: the first that matches a site gives its spec.
+        nonlinear: a member of :data:`NONLINEAR`; the simulation uses the same forms as the integer program.
+
+    Raises:
+        RecipeError: unknown forms.
+    """
 
     name: str
     rules: tuple[Rule, ...]
+    nonlinear: str = NONLINEAR[0]
+
+    def __post_init__(self) -> None:
+        if self.nonlinear not in NONLINEAR:
+            raise RecipeError(
+                f"recipe {self.name}: nonlinear is {self.nonlinear!r}, expected one of {', '.join(NONLINEAR)}"
+            )
 
 
 #: Widths that the integer operators read at each kind; everything else is a mistake in a recipe.
@@ -77,6 +98,10 @@ def _require_possible(recipe: Recipe, site: Site, spec: QuantSpec) -> None:
         raise RecipeError(f"{where} needs granularity {expected!r}, the rule says {spec.granularity!r}")
     if site.kind == "weight" and not spec.symmetric:
         raise RecipeError(f"{where} needs symmetric weights; the integer kernels have no row sums of activations")
+    if site.kind == "probability" and recipe.nonlinear == "published":
+        if spec.bits not in SHIFTMAX_BITS:
+            raise RecipeError(f"{where} has 8 or 16 bits in its published form, the rule says {spec.bits}")
+        return
     if spec.bits > 8 and site.kind not in _WIDE_KINDS:
         raise RecipeError(f"{where} can have 2 to 8 bits, the rule says {spec.bits}")
 

@@ -20,6 +20,7 @@ from calibration.rules import Recipe, Rule
 from calibration.sites import Site
 from quantizers.errors import ArtifactError
 from quantizers.row_relative import RowRelativeQParams
+from quantizers.shiftmax import ShiftmaxQParams
 from quantizers.spec import QuantSpec
 from quantizers.uniform import UniformQParams
 
@@ -90,18 +91,21 @@ def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
 
 def format_name(qparams: QParams) -> str:
     """Return the name of a number format as artifacts and reports spell it."""
-    return "row_relative" if isinstance(qparams, RowRelativeQParams) else "uniform"
+    names = {RowRelativeQParams: "row_relative", ShiftmaxQParams: "shiftmax", UniformQParams: "uniform"}
+    return names[type(qparams)]
 
 
 def recipe_to_json(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe as plain lists and mappings."""
-    return {"name": recipe.name, "rules": [dataclasses.asdict(rule) for rule in recipe.rules]}
+    rules = [dataclasses.asdict(rule) for rule in recipe.rules]
+    return {"name": recipe.name, "nonlinear": recipe.nonlinear, "rules": rules}
 
 
 def recipe_from_json(document: Mapping[str, Any]) -> Recipe:
     """Rebuild a recipe that :func:`recipe_to_json` wrote."""
     rules = tuple(Rule(**{**rule, "spec": QuantSpec(**rule["spec"])}) for rule in document["rules"])
-    return Recipe(document["name"], rules)
+    # Artifacts of before the published forms have none of them.
+    return Recipe(document["name"], rules, document.get("nonlinear", "corrected"))
 
 
 def _dump(document: Mapping[str, Any]) -> bytes:
@@ -151,6 +155,8 @@ def _site_from_json(entry: Mapping[str, Any]) -> CalibratedSite:
     qparams: QParams
     if entry["format"] == "row_relative":
         qparams = RowRelativeQParams(**values)
+    elif entry["format"] == "shiftmax":
+        qparams = ShiftmaxQParams(**values)
     elif entry["format"] == "uniform":
         qparams = UniformQParams(**{**values, "scale": tuple(values["scale"])})
     else:

@@ -1,4 +1,7 @@
-"""simulate: run the float graph with every site fake-quantized, which is what papers report."""
+"""simulate: run the float graph with every site fake-quantized, which is what papers report.
+
+Where the recipe asks for the published forms of I-ViT, they are computed as in :mod:`calibration.published`.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ from torch import Tensor
 
 from calibration.engine import Calibrated, QParams
 from calibration.graph import Operation, execute
+from calibration.published import published_executors
 from calibration.sites import OUTPUT
 from quantizers.row_relative import RowRelativeQParams, fake_quantize_rows
+from quantizers.shiftmax import ShiftmaxQParams, cut_off
 from quantizers.uniform import fake_quantize
 
 
@@ -41,7 +46,9 @@ def simulate(calibrated: Calibrated, inputs: Sequence[Tensor]) -> tuple[Tensor, 
             return cache[name]
         return apply(qparams, value)
 
-    results = execute(calibrated.graph, inputs, on_edge)
+    published = calibrated.recipe.nonlinear == "published"
+    executors = published_executors(calibrated.graph, formats) if published else None
+    results = execute(calibrated.graph, inputs, on_edge, executors)
     return tuple(
         apply(formats[OUTPUT, index], result) if (OUTPUT, index) in formats else result
         for index, result in enumerate(results)
@@ -52,4 +59,6 @@ def apply(qparams: QParams, value: Tensor) -> Tensor:
     """Fake-quantize a tensor in its format."""
     if isinstance(qparams, RowRelativeQParams):
         return fake_quantize_rows(value, qparams)
+    if isinstance(qparams, ShiftmaxQParams):
+        return cut_off(value, qparams)
     return fake_quantize(value, qparams)

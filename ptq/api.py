@@ -43,6 +43,7 @@ from quantizers.errors import DataError
 from quantizers.integer.interpret import interpret
 from quantizers.integer.program import IntegerProgram
 from quantizers.integer.serialize import program_from_bytes, program_to_bytes
+from quantizers.row_relative import RowRelativeQParams
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +172,7 @@ class Quantized:
                 "kind": entry.site.kind,
                 "format": format_name(entry.qparams),
                 "bits": entry.spec.bits,
-                "granularity": "row" if format_name(entry.qparams) == "row_relative" else entry.spec.granularity,
+                "granularity": "row" if isinstance(entry.qparams, RowRelativeQParams) else entry.spec.granularity,
             }
             for entry in self.calibrated.sites
         ]
@@ -244,7 +245,7 @@ def quantize(
     if progress is not None:
         progress("trace", 0, 1)
     graph = trace(model, example_inputs)
-    require_integer_forms(graph)
+    require_integer_forms(graph, chosen.nonlinear)
     if progress is not None:
         progress("trace", 1, 1)
     store = None

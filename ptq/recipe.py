@@ -1,6 +1,7 @@
 """Recipes as YAML: strict reading, and writing that reads back equal.
 
 name: my-recipe
+nonlinear: corrected        # integer forms of softmax, GELU, LayerNorm and sums; or: published (I-ViT)
 rules:                      # the first rule that matches a site wins
   - kind: weight            # shell patterns on the kind and the name of a site
     bits: 4
@@ -19,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from calibration.rules import Recipe, Rule
+from calibration.rules import NONLINEAR, Recipe, Rule
 from quantizers.errors import RecipeError, UsageError
 from quantizers.spec import QuantSpec
 
@@ -47,13 +48,16 @@ def parse_recipe(text: str, where: str) -> Recipe:
         document = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe {where} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(document, dict) or set(document) != {"name", "rules"}:
+    if not isinstance(document, dict) or set(document) - {"nonlinear"} != {"name", "rules"}:
         found = sorted(map(str, document)) if isinstance(document, dict) else type(document).__name__
-        raise RecipeError(f"recipe {where}: expected the keys name and rules, found {found}")
+        raise RecipeError(f"recipe {where}: expected the keys name and rules, and perhaps nonlinear, found {found}")
     if not isinstance(document["name"], str) or not isinstance(document["rules"], list) or not document["rules"]:
         raise RecipeError(f"recipe {where}: name must be a text and rules a list with at least one rule")
     rules = tuple(_parse_rule(entry, f"recipe {where}, rule {i}") for i, entry in enumerate(document["rules"], 1))
-    return Recipe(document["name"], rules)
+    nonlinear = document.get("nonlinear", NONLINEAR[0])
+    if nonlinear not in NONLINEAR:
+        raise RecipeError(f"recipe {where}: nonlinear is {nonlinear!r}, expected one of {', '.join(NONLINEAR)}")
+    return Recipe(document["name"], rules, nonlinear)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -71,7 +75,10 @@ def dump_recipe(recipe: Recipe) -> str:
             }
         )
         rules.append(entry)
-    return yaml.safe_dump({"name": recipe.name, "rules": rules}, sort_keys=False)
+    head = {"name": recipe.name}
+    if recipe.nonlinear != NONLINEAR[0]:
+        head["nonlinear"] = recipe.nonlinear
+    return yaml.safe_dump({**head, "rules": rules}, sort_keys=False)
 
 
 def _parse_rule(entry: Any, where: str) -> Rule:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from calibration.rules import Recipe, Rule
+from calibration.rules import NONLINEAR, Recipe, Rule
 from quantizers.errors import UsageError
 from quantizers.spec import MAX_BITS, MIN_BITS, WIDE_BITS, QuantSpec
 
@@ -20,11 +20,13 @@ class RecipeEntry:
         summary: one line for people.
         weight_search: range search of weights.
         activation_search: range search of activations.
+        nonlinear: integer forms of softmax, GELU, LayerNorm and sums.
     """
 
     summary: str
     weight_search: str
     activation_search: str
+    nonlinear: str = NONLINEAR[0]
 
 
 RECIPES: Mapping[str, RecipeEntry] = MappingProxyType(
@@ -34,6 +36,10 @@ RECIPES: Mapping[str, RecipeEntry] = MappingProxyType(
             "activations: the range of 99.99 % of the values; weights: full", "minmax", "percentile"
         ),
         "mse": RecipeEntry("the range with the least mean squared error, weights and activations", "mse", "mse"),
+        "ivit": RecipeEntry(
+            "the full range, and softmax, GELU, LayerNorm and sums as I-ViT publishes them, without fine-tuning",
+            *("minmax", "minmax", "published"),
+        ),
     }
 )
 DEFAULT_METHOD = "mse"
@@ -75,7 +81,9 @@ def named_recipe(method: str, bits: str) -> Recipe:
     table_input = QuantSpec(8, search=entry.activation_search)
     rules = [Rule(weight, kind="weight")]
     rules += [Rule(wide, kind=kind, optional=True) for kind in ("residual", "constant", "output")]
+    if entry.nonlinear == "published":
+        rules += [Rule(wide, kind="probability", optional=True)]
     rules += [Rule(QuantSpec(8), kind="image", optional=True)]
     rules += [Rule(table_input, kind=kind, optional=True) for kind in ("scores", "activation_input")]
     rules += [Rule(QuantSpec(activation_bits, search=entry.activation_search))]
-    return Recipe(f"{method}-{bits}", tuple(rules))
+    return Recipe(f"{method}-{bits}", tuple(rules), entry.nonlinear)

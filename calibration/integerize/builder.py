@@ -27,6 +27,10 @@ class ProgramBuilder:
         """Return the type of a value or constant."""
         return self._types[name]
 
+    def array(self, name: str) -> Array | None:
+        """Return the elements of a constant, or None for a value."""
+        return self._constants.get(name)
+
     def constant(self, array: Array, label: str) -> str:
         """Add a constant, or return the equal one that is there; its name starts with ``label``."""
         stored = np.ascontiguousarray(array)

@@ -29,6 +29,7 @@ import onnx
 from calibration.engine import Calibrated
 from ptq.artifact import refuse_existing
 from ptq.onnx_export.model import build_model
+from quantizers.errors import UsageError
 
 
 def export_onnx(calibrated: Calibrated, path: Path, metadata: Mapping[str, str]) -> None:
@@ -43,8 +44,14 @@ def export_onnx(calibrated: Calibrated, path: Path, metadata: Mapping[str, str])
         metadata: texts that the file carries as ``metadata_props``.
 
     Raises:
-        UsageError: the path exists.
+        UsageError: the path exists, or the recipe asks for the published integer forms, which ONNX cannot express.
     """
+    if calibrated.recipe.nonlinear == "published":
+        raise UsageError(
+            f"recipe {calibrated.recipe.name} uses the published integer forms of softmax, GELU and LayerNorm, which "
+            "ONNX operators cannot compute; export with '--format tvm', or quantize with a method whose forms are "
+            "corrected, such as minmax"
+        )
     refuse_existing(path)
     model = build_model(calibrated, metadata)
     onnx.checker.check_model(model, full_check=True)

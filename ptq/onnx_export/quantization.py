@@ -24,6 +24,7 @@ class Quantizer:
     def activation(self, tensor: str, qparams: QParams, module: str) -> str:
         """Quantize and dequantize a float tensor; return the name of the result."""
         uniform = probability_format(qparams) if isinstance(qparams, RowRelativeQParams) else qparams
+        assert isinstance(uniform, UniformQParams), "the published forms are refused before"
         parameters = (
             self._builder.initializer(np.array(uniform.scale[0], np.float32), f"{tensor}_scale"),
             self._builder.initializer(np.array(uniform.zero_point, uniform.dtype), f"{tensor}_zero_point"),

@@ -8,23 +8,21 @@ import re
 import pytest
 import torch
 from support.models import MODELS, Formula, calibrated, images, recipe, spread, traced
+from support.stepwise import steps_apart
 from torch import Tensor, nn
 from torch.nn import functional
 
-from calibration.engine import Calibrated, calibrate
-from calibration.graph import Operation, execute
+from calibration.engine import calibrate
+from calibration.graph import execute
 from calibration.integerize import integerize
-from calibration.integerize.lowering import _Lowering
 from calibration.rules import Recipe, Rule
-from calibration.simulate import apply, simulate
-from calibration.sites import OUTPUT
+from calibration.simulate import simulate
 from calibration.trace import trace
 from quantizers.errors import UnsupportedOperatorError
 from quantizers.integer.interpret import interpret, run
 from quantizers.integer.program import IntegerProgram, Node
 from quantizers.integer.verify import verify
 from quantizers.spec import QuantSpec
-from quantizers.uniform import UniformQParams, dequantize, quantize
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -37,45 +35,6 @@ def operators(program: IntegerProgram) -> dict[str, int]:
 
 def readers(program: IntegerProgram, name: str) -> list[Node]:
     return [node for node in program.nodes if name in node.inputs]
-
-
-def steps_apart(result: Calibrated, x: Tensor) -> dict[str, Tensor]:
-    """Return by site how many steps the integer codes are from the simulation's, fed with the integer codes.
-
-    Each operator of the float graph reads what the integer program computed, so that the difference is
-    one operator's own and does not grow through the network. Biases are rounded as the program holds them,
-    to steps of input times weight; the simulation leaves them as they are.
-    """
-    lowering = _Lowering(result)
-    values = run(lowering.run(), (x,))
-    formats = result.by_edge()
-    names = {edge: entry.site.name for entry in result.sites for edge in entry.site.edges}
-    found: dict[str, Tensor] = {}
-
-    def compare(edge: tuple[str, int], name: str, value: Tensor) -> Tensor:
-        qparams = formats[edge]
-        assert isinstance(qparams, UniformQParams)
-        codes = values[lowering._codes[name, qparams]].to(torch.float32)
-        found[names[edge]] = (codes - quantize(value, qparams)).abs()
-        return dequantize(codes, qparams)
-
-    def on_edge(operation: Operation, position: int, value: Tensor) -> Tensor:
-        edge, name = (operation.name, position), operation.inputs[position]
-        if operation.op in ("linear", "conv2d") and position == 2:
-            source, weight = formats[operation.name, 0], formats[operation.name, 1]
-            step = torch.tensor(source.scale).double() * torch.tensor(weight.scale).double()
-            return ((value / step).round() * step).to(torch.float32)
-        if edge not in formats:
-            return value
-        if name in result.graph.constants:
-            return apply(formats[edge], value[0])[None]
-        return apply(formats[edge], value) if names[edge].endswith("probability") else compare(edge, name, value)
-
-    outputs = execute(result.graph, (x,), on_edge)
-    for index, ((_, name), value) in enumerate(zip(result.graph.outputs, outputs, strict=True)):
-        if (OUTPUT, index) in formats:
-            compare((OUTPUT, index), name, value)
-    return found
 
 
 @pytest.mark.parametrize(

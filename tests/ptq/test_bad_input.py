@@ -130,7 +130,7 @@ def test_unknown_model(workspace: Path, capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("extra", "expected"),
     [
-        (("--method", "magic"), "known methods: minmax, percentile, mse"),
+        (("--method", "magic"), "known methods: minmax, percentile, mse, ivit"),
         (("--bits", "w9a8"), "9 is outside 2 to 8"),
         (("--bits", "w1a8"), "1 is outside 2 to 8"),
         (("--bits", "int8"), "expected the form w8a8"),
@@ -159,6 +159,7 @@ def test_wrong_options(
         ("name: x\nrules:\n  - {bits: eight}\n", "bits is 'eight', expected int"),
         ("rules: [", "is not YAML"),
         ("name: x\n", "expected the keys name and rules"),
+        ("name: x\nnonlinear: paper\nrules: [{bits: 8}]", "nonlinear is 'paper', expected one of corrected, published"),
     ],
 )
 def test_wrong_recipes(workspace: Path, capsys: pytest.CaptureFixture[str], text: str, expected: str) -> None:

@@ -96,7 +96,7 @@ def test_recipes_lists_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     """Names come from the table."""
     result = json_of(capsys, "recipes")
     assert isinstance(result, dict)
-    assert [entry["name"] for entry in result["recipes"]] == ["minmax", "percentile", "mse"]
+    assert [entry["name"] for entry in result["recipes"]] == ["minmax", "percentile", "mse", "ivit"]
 
 
 @pytest.mark.parametrize(("format_name", "name"), [("onnx", "model.onnx"), ("tvm", "bundle")])
