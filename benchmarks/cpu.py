@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from cpu_comparison.comparison import Plan, compare_network
+from cpu_comparison.comparison import Plan, cell_title, compare_network
 from cpu_comparison.engines import ENGINES
 from cpu_comparison.machine import describe_machine, stolen_seconds, usable_processors
 from cpu_comparison.networks import NETWORKS
@@ -163,8 +163,7 @@ def _failures(results: dict[str, Any]) -> list[str]:
         for cell in network["cells"]:
             for engine, state in cell["engines"].items():
                 if state["status"] == "failed":
-                    place = f"{network['title']}, batch {cell['batch']}, {cell['threads']} threads"
-                    failures.append(f"{place}: {ENGINES[engine].title}: {state['reason']}")
+                    failures.append(f"{cell_title(network['title'], cell)}: {ENGINES[engine].title}: {state['reason']}")
     return failures
 
 

@@ -130,9 +130,14 @@ def compare_cell(
     return cell
 
 
+def cell_title(title: str, cell: dict[str, Any]) -> str:
+    """Return what people call a cell of a network."""
+    return f"{title}, batch {cell['batch']}, {cell['threads']} thread{'s' if cell['threads'] > 1 else ''}"
+
+
 def describe_cell(title: str, cell: dict[str, Any]) -> str:
     """Return lines for people: each engine of a cell with its time, or why it has none."""
-    lines = [f"{title}, batch {cell['batch']}, {cell['threads']} threads:"]
+    lines = [f"{cell_title(title, cell)}:"]
     for name, state in cell["engines"].items():
         text = f"  {ENGINES[name].title:30s} "
         if state["status"] == "timed":

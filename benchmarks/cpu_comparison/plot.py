@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .comparison import cell_title
 from .engines import ENGINES, OURS
 
 OURS_COLOUR, INTEGER_COLOUR, FLOAT_COLOUR = "#c0392b", "#2c6fad", "#a8b4bf"
@@ -33,7 +34,7 @@ def write_plot(results: dict[str, Any], path: Path) -> None:
             panel.set_visible(False)
         for panel, cell in zip(row, network["cells"], strict=False):
             _bars(panel, cell, engines)
-            panel.set_title(f"{network['title']}, batch {cell['batch']}, {cell['threads']} threads", fontsize=9)
+            panel.set_title(cell_title(network["title"], cell), fontsize=9)
     machine = results["machine"]
     figure.suptitle(
         f"Milliseconds a call, shorter is better; in brackets: times ours. {machine['processor']}, "
@@ -58,13 +59,14 @@ def _bars(panel: Any, cell: dict[str, Any], engines: list[str]) -> None:
     )
     panel.set_yticks(range(len(engines)), [ENGINES[engine].title for engine in engines], fontsize=8)
     panel.tick_params(axis="x", labelsize=7)
-    longest = max([*medians, 1e-6])
-    panel.set_xlim(0, 1.35 * longest)
+    longest = max([median + more for median, more in zip(medians, above, strict=True)] + [1e-6])
+    panel.set_xlim(0, 1.4 * longest)
     for position, (state, median, there) in enumerate(zip(states, medians, timed, strict=True)):
         text = f" {median:.2f}" if there else f" {state['status']}"
         if there and "ratio" in state and engines[position] != OURS:
             text += f" ({state['ratio']['median']:.2f})"
-        panel.text(median, position, text, va="center", fontsize=7)
+        # Behind the whisker, not on it.
+        panel.text(state["ms"]["p90"] if there else 0.0, position, text, va="center", fontsize=7)
     for side in ("top", "right"):
         panel.spines[side].set_visible(False)
 

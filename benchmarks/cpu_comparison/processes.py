@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -72,25 +73,31 @@ class Worker:
             WorkerError: there is none.
         """
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(message) + "\n")
-        self._process.stdin.flush()
+        # A worker that is gone is noticed when it does not answer.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
         return self._receive()
 
     def stop(self) -> None:
         """End the process."""
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._process.stdout.close()
 
     def _receive(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            code = self._process.wait()
+            self.stop()
+            code = self._process.returncode
             end = "\n".join(self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-8:])
             raise WorkerError(f"{self.name}: the worker ended with exit code {code}; its last lines:\n{end}")
         reply: dict[str, Any] = json.loads(line)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from .comparison import cell_title
 from .engines import ENGINES, OURS
 from .kernels import by_kind, floor_ms
 
@@ -49,7 +50,7 @@ def faster_peers(networks: dict[str, dict[str, Any]]) -> str:
     for title, cell, engine, state in _states(networks):
         if engine != OURS and "ratio" in state and state["ratio"]["median"] < 1:
             ratio = f"{state['ratio']['median']:.2f} ({state['ratio']['p10']:.2f} to {state['ratio']['p90']:.2f})"
-            cells = where.setdefault(f"{title}, batch {cell['batch']}, {_count(cell['threads'], 'thread')}", [])
+            cells = where.setdefault(cell_title(title, cell), [])
             cells.append(f"{ENGINES[engine].title} {ratio}")
     lines = [f"- {cell}: {', '.join(peers)}" for cell, peers in where.items()]
     return "\n".join(["Another engine is faster; its time over ours:", "", *lines]) if lines else ""
@@ -140,7 +141,7 @@ def _kernel_table(title: str, cell: dict[str, Any], profile: dict[str, Any]) -> 
     floor = floor_ms(profile["kernels"], profile["peak"])
     whole = cell["engines"][OURS]["ms"]["median"]
     summary = (
-        f"{title}, batch {cell['batch']}, {_count(cell['threads'], 'thread')}: {whole:.2f} ms, "
+        f"{cell_title(title, cell)}: {whole:.2f} ms, "
         f"**{whole / floor:.2f} times the floor** of {floor:.2f} ms that its matrix products take at the int8 peak "
         f"measured in the same process, {profile['peak'] / 1e12:.3f} T multiply-adds a second "
         f"(kernels alone: {sum(kind.ms for kind in kinds):.2f} ms)."
@@ -153,10 +154,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def _time(engine: str, state: dict[str, Any]) -> str:
