@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from quantizers.integer.program import IntegerProgram, TensorType
 from quantizers.integer.serialize import program_to_bytes
@@ -31,7 +30,7 @@ def build(program: IntegerProgram, target: str = NATIVE) -> Bundle:
     tvm = import_tvm()
     llvm = chosen.to_tvm()
     with llvm, tvm.transform.PassContext(opt_level=3):
-        executable = tvm.compile(lowered.module, target=llvm, relax_pipeline=_pipeline())
+        executable = tvm.compile(lowered.module, target=llvm)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "model.so"
         executable.export_library(str(path))
@@ -45,26 +44,7 @@ def build(program: IntegerProgram, target: str = NATIVE) -> Bundle:
         inputs=program.inputs,
         outputs=tuple((name, TensorType(kinds[value].dtype, kinds[value].shape)) for name, value in program.outputs),
         tvm_version=str(tvm.__version__),
+        schedule=lowered.schedule,
         library=library,
         constants=lowered.constants,
-    )
-
-
-def _pipeline() -> Any:
-    """Return the Relax passes: memory planning and lowering to the virtual machine, no fusion or folding."""
-    tvm = import_tvm()
-    transform = import_tvm("tvm.relax").transform
-    return tvm.transform.Sequential(
-        [
-            transform.ToNonDataflow(),
-            transform.RemovePurityChecking(),
-            transform.CallTIRRewrite(),
-            transform.StaticPlanBlockMemory(),
-            transform.LowerAllocTensor(),
-            transform.KillAfterLastUse(),
-            transform.LowerRuntimeBuiltin(),
-            transform.ComputePrimValue(),
-            transform.VMShapeLower(),
-            transform.AttachGlobalSymbol(),
-        ]
     )

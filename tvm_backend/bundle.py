@@ -1,8 +1,8 @@
 """A compiled program, in memory and as a directory of three files.
 
 ``model.so`` is the code, ``constants.safetensors`` its weights and tables in the order of their names,
-``manifest.json`` says what they are and holds their hashes. The hashes find damage, not malice: a library
-is code, so load bundles only from where you would run a program.
+``manifest.json`` says what they are, which functions are called in which order, and holds the hashes. The
+hashes find damage, not malice: a library is code, so load bundles only from where you would run a program.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from safetensors import SafetensorError
 from quantizers.errors import ArtifactError, UsageError
 from quantizers.integer.program import TensorType
 from tvm_backend.kernels.kernel import Array
+from tvm_backend.schedule import Schedule, from_json, to_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST, LIBRARY, CONSTANTS = "manifest.json", "model.so", "constants.safetensors"
 _REMEDY = "build the bundle again"
 
@@ -40,8 +41,9 @@ class Bundle:
         inputs: name and type of each input.
         outputs: name and type of each output.
         tvm_version: version that compiled it; the same one must run it.
+        schedule: which functions of the library are called, with what.
         library: the shared library.
-        constants: arrays that the library takes as its last argument, in order.
+        constants: arrays that the schedule refers to by position.
     """
 
     target: str
@@ -51,6 +53,7 @@ class Bundle:
     inputs: tuple[tuple[str, TensorType], ...]
     outputs: tuple[tuple[str, TensorType], ...]
     tvm_version: str
+    schedule: Schedule = field(repr=False)
     library: bytes = field(repr=False)
     constants: tuple[Array, ...] = field(repr=False)
 
@@ -76,6 +79,7 @@ def save_bundle(bundle: Bundle, directory: Path | str) -> None:
         "inputs": [_tensor(*entry) for entry in bundle.inputs],
         "outputs": [_tensor(*entry) for entry in bundle.outputs],
         "tvm_version": bundle.tvm_version,
+        "schedule": to_json(bundle.schedule),
         "library_sha256": _sha256(bundle.library),
         "constants_sha256": _sha256(constants),
     }
@@ -83,7 +87,7 @@ def save_bundle(bundle: Bundle, directory: Path | str) -> None:
     try:
         (partial / LIBRARY).write_bytes(bundle.library)
         (partial / CONSTANTS).write_bytes(constants)
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        (partial / MANIFEST).write_text(json.dumps(manifest, sort_keys=True) + "\n")
         partial.chmod(0o755)
         partial.rename(destination)
     except BaseException:
@@ -113,6 +117,7 @@ def load_bundle(directory: Path | str) -> Bundle:
         inputs=tuple(_typed(entry) for entry in manifest["inputs"]),
         outputs=tuple(_typed(entry) for entry in manifest["outputs"]),
         tvm_version=manifest["tvm_version"],
+        schedule=_schedule(root / MANIFEST, manifest["schedule"]),
         library=library,
         constants=tuple(arrays[name] for name in sorted(arrays)),
     )
@@ -159,9 +164,17 @@ _CHECKS = {
     "inputs": _is_tensors,
     "outputs": _is_tensors,
     "tvm_version": _is_text,
+    "schedule": lambda value: isinstance(value, dict),
     "library_sha256": _is_text,
     "constants_sha256": _is_text,
 }
+
+
+def _schedule(path: Path, document: dict[str, Any]) -> Schedule:
+    try:
+        return from_json(document)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path}: schedule has a value of the wrong form: {error}; {_REMEDY}") from error
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import importlib.metadata
+import importlib.util
 import sys
+from pathlib import Path
 from types import ModuleType
 
 _OPTIONAL = "torch"
@@ -30,3 +34,25 @@ def import_tvm(module: str = "tvm") -> ModuleType:
     finally:
         if sys.modules.get(_OPTIONAL, _OPTIONAL) is None:
             del sys.modules[_OPTIONAL]
+
+
+def tvm_version() -> str:
+    """Return the version of the installed TVM, without loading it."""
+    return importlib.metadata.version("apache-tvm")
+
+
+def import_runtime() -> ModuleType:
+    """Import ``tvm_ffi`` with TVM's runtime library, which compiled functions call; the compiler stays on disk.
+
+    Raises:
+        ImportError: TVM is not installed.
+    """
+    runtime = import_tvm("tvm_ffi")
+    if runtime.get_global_func("runtime.NumThreads", allow_missing=True) is None:
+        spec = importlib.util.find_spec("tvm")
+        if spec is None or not spec.submodule_search_locations:
+            raise ImportError("TVM is not installed; install apache-tvm")
+        library = Path(spec.submodule_search_locations[0]) / "lib" / "libtvm_runtime.so"
+        # Compiled functions look their helpers up in the whole process.
+        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    return runtime

@@ -1,8 +1,9 @@
-"""IntegerProgram to a Relax module: one function that calls the planned TIR kernels with a dynamic batch."""
+"""IntegerProgram to a module of TIR functions and the schedule that calls them."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,30 +12,31 @@ import numpy as np
 
 from quantizers.integer.program import IntegerProgram
 from quantizers.integer.verify import verify
+from tvm_backend import schedule
 from tvm_backend.imports import import_tvm
-from tvm_backend.kernels.kernel import Argument, Array, Layout, Operand
+from tvm_backend.kernels.kernel import Argument, Array, Layout
 from tvm_backend.plan import Plan, Step, plan
+from tvm_backend.schedule import ARENA, CONSTANT, INPUT, Call, Lifetime, Schedule
 from tvm_backend.targets import CpuTarget
-
-#: Name of the function in the module: takes the inputs, then a tuple of all constants; returns a tuple.
-ENTRY = "main"
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """A module and the arrays that its constants stand for.
+    """A module and how to run it.
 
     Args:
-        module: ``tvm.IRModule`` with the function :data:`ENTRY`.
-        constants: the last argument of the entry, in order.
+        module: ``tvm.IRModule`` of TIR functions.
+        schedule: the calls.
+        constants: arrays that the calls take.
     """
 
     module: Any
+    schedule: Schedule
     constants: tuple[Array, ...] = field(repr=False)
 
 
 def lower(program: IntegerProgram, target: CpuTarget) -> Lowered:
-    """Write a program as a Relax module.
+    """Write a program as functions and calls.
 
     Args:
         program: verified again here: the kernels rely on what the verifier proves.
@@ -43,8 +45,7 @@ def lower(program: IntegerProgram, target: CpuTarget) -> Lowered:
     Raises:
         ProgramError: the program breaks a rule of the contract.
     """
-    verify(program)
-    return _Writer(program, plan(program, target)).run()
+    return _Writer(program, plan(program, target, verify(program))).run()
 
 
 class _ConstantPool:
@@ -63,83 +64,85 @@ class _ConstantPool:
         return self._index[key]
 
 
+class _Functions:
+    """TIR functions by symbol; equal functions, as equal layers have them, are one."""
+
+    def __init__(self) -> None:
+        self.functions: dict[str, Any] = {}
+        self._symbols: dict[int, list[str]] = {}
+        self._ffi = import_tvm("tvm_ffi")
+
+    def add(self, name: str, function: Any) -> str:
+        """Return the symbol of a function."""
+        known = self._symbols.setdefault(self._ffi.structural_hash(function), [])
+        for symbol in known:
+            if self._ffi.structural_equal(self.functions[symbol], function):
+                return symbol
+        symbol = f"{name}_{len(self.functions)}"
+        self.functions[symbol] = function
+        known.append(symbol)
+        return symbol
+
+    def module(self) -> Any:
+        """Return the functions as an ``IRModule``, each exported under its symbol."""
+        named = {symbol: f.with_attr("global_symbol", symbol) for symbol, f in self.functions.items()}
+        return import_tvm().IRModule(named)
+
+
 class _Writer:
     def __init__(self, program: IntegerProgram, planned: Plan) -> None:
         self._program, self._plan = program, planned
-        self._relax = import_tvm("tvm.relax")
-        self._builder = self._relax.BlockBuilder()
-        self._batch = import_tvm("tvm.tirx").Var("n", "int64")
-        self._pool = _ConstantPool()
-        self._parameters: Any = None
-        self._constants: dict[int, Any] = {}
-        self._variables: dict[tuple[str, Layout], Any] = {}
-        self._holders: dict[str, Any] = {}
+        self._pool, self._functions = _ConstantPool(), _Functions()
+        self._inputs = {name: index for index, (name, _) in enumerate(program.inputs)}
+        self._positions: dict[str, int] = {}
 
     def run(self) -> Lowered:
-        relax, program = self._relax, self._program
-        # The tuple of constants is an argument, so all of them are known before the body is written.
-        prepared = [
-            [None if isinstance(a, Argument) else self._pool.add(a) for a in step.kernel.arguments]
-            for step in self._plan.steps
-        ]
-        values = {self._plan.sources[name] for step in self._plan.steps for name in step.inputs}
-        values |= {self._plan.sources[value] for _, value in program.outputs}
-        standing = {name: self._pool.add(array[None]) for name, array in program.constants.items() if name in values}
-        inputs = [
-            relax.Var(name, self._type(Operand(kind), Layout.natural(kind.shape))) for name, kind in program.inputs
-        ]
-        types = [relax.TensorType(array.shape, array.dtype.name) for array in self._pool.arrays]
-        self._parameters = relax.Var("constants", relax.TupleType(types))
-        with self._builder.function(ENTRY, [*inputs, self._parameters]):
-            with self._builder.dataflow():
-                for (name, kind), variable in zip(program.inputs, inputs, strict=True):
-                    self._define(name, Layout.natural(kind.shape), variable)
-                for name, index in standing.items():
-                    self._define(name, Layout.natural(self._shape(name)), self._constant(index))
-                for step, indices in zip(self._plan.steps, prepared, strict=True):
-                    self._call(step, indices)
-                results = [self._read(value, Layout.natural(self._shape(value))) for _, value in program.outputs]
-                output = self._builder.emit_output(relax.Tuple(results))
-            self._builder.emit_func_output(output)
-        return Lowered(self._builder.get(), tuple(self._pool.arrays))
+        steps = self._plan.steps
+        outputs = [self._plan.sources[value] for _, value in self._program.outputs]
+        last = {step.name: number for number, step in enumerate(steps)}
+        for number, step in enumerate(steps):
+            for argument in step.kernel.arguments:
+                if isinstance(argument, Argument):
+                    last[self._plan.sources[step.inputs[argument.index]]] = number
+        last.update(dict.fromkeys(outputs, len(steps)))
+        lifetimes = {
+            step.name: Lifetime(self._bytes(step), number, last[step.name]) for number, step in enumerate(steps)
+        }
+        self._positions, total = schedule.allocate(lifetimes)
+        calls = tuple(self._call(step) for step in steps)
+        results = tuple(self._argument(value, Layout.natural(self._shape(value))) for _, value in self._program.outputs)
+        return Lowered(self._functions.module(), Schedule(calls, results, total), tuple(self._pool.arrays))
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return self._plan.values[name].type.shape
 
-    def _extents(self, operand: Operand, layout: Layout) -> tuple[Any, ...]:
-        return (self._batch * layout.rows if operand.batched else layout.rows, *layout.tail)
+    def _bytes(self, step: Step) -> int:
+        layout = step.kernel.layout
+        return layout.rows * math.prod(layout.tail) * np.dtype(self._plan.values[step.name].type.dtype).itemsize
 
-    def _type(self, operand: Operand, layout: Layout) -> Any:
-        return self._relax.TensorType(self._extents(operand, layout), operand.type.dtype)
+    def _call(self, step: Step) -> Call:
+        arguments: Sequence[schedule.Argument] = [
+            self._argument(step.inputs[argument.index], argument.layout)
+            if isinstance(argument, Argument)
+            else self._constant(argument)
+            for argument in step.kernel.arguments
+        ]
+        result = self._argument(step.name, step.kernel.layout)
+        name = step.operators.split("+", maxsplit=1)[0]
+        symbol = self._functions.add(name, step.kernel.function)
+        return Call(symbol, step.name, step.operators, step.macs, (*arguments, result))
 
-    def _constant(self, index: int) -> Any:
-        if index not in self._constants:
-            self._constants[index] = self._builder.emit(self._relax.TupleGetItem(self._parameters, index))
-        return self._constants[index]
+    def _constant(self, array: Array) -> schedule.Argument:
+        rows, *tail = array.shape
+        return schedule.Argument(CONSTANT, self._pool.add(array), array.dtype.name, rows, tuple(tail))
 
-    def _read(self, name: str, layout: Layout) -> Any:
-        """Return a value in a layout; another layout of the same elements is a view without a copy."""
+    def _argument(self, name: str, layout: Layout) -> schedule.Argument:
         source = self._plan.sources[name]
-        if (source, layout) not in self._variables:
-            variable = self._holders[source]
-            extents = self._extents(self._plan.values[source], layout)
-            reshaped = self._relax.op.reshape(variable, self._relax.ShapeExpr(extents))
-            self._variables[source, layout] = self._builder.emit(reshaped)
-        return self._variables[source, layout]
-
-    def _call(self, step: Step, indices: Sequence[int | None]) -> None:
-        arguments = []
-        for argument, index in zip(step.kernel.arguments, indices, strict=True):
-            if isinstance(argument, Argument):
-                arguments.append(self._read(step.inputs[argument.index], argument.layout))
-            else:
-                assert index is not None
-                arguments.append(self._constant(index))
-        function = self._builder.add_func(step.kernel.function, "kernel")
-        result = self._type(self._plan.values[step.name], step.kernel.layout)
-        variable = self._builder.emit(self._relax.call_tir(function, arguments, result))
-        self._define(step.name, step.kernel.layout, variable)
-
-    def _define(self, name: str, layout: Layout, variable: Any) -> None:
-        self._holders[name] = variable
-        self._variables[name, layout] = variable
+        operand = self._plan.values[name]
+        if source in self._program.constants:
+            array = self._program.constants[source]
+            position = self._pool.add(array.reshape(layout.rows, *layout.tail))
+            return schedule.Argument(CONSTANT, position, operand.type.dtype, layout.rows, layout.tail)
+        if source in self._inputs:
+            return schedule.Argument(INPUT, self._inputs[source], operand.type.dtype, layout.rows, layout.tail)
+        return schedule.Argument(ARENA, self._positions[source], operand.type.dtype, layout.rows, layout.tail)

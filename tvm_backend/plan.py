@@ -1,21 +1,23 @@
-"""Which kernels run a program: a list of steps, before any Relax is written.
+"""Which kernels run a program: a list of steps, before any code is generated.
 
-Views wait until another operator reads them and become one copy for a whole chain, or none for a
-chain of reshapes. A linear whose only reader rescales it by column is one kernel with that reader.
+Groups of operators that :mod:`tvm_backend.patterns` finds are one kernel each. Views wait until another operator
+reads them and become one copy for a whole chain, or none for a chain of reshapes.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from quantizers.integer.bounds import Interval
 from quantizers.integer.program import IntegerProgram, Node, TensorType
+from tvm_backend.kernels.cpu.attention import emit_attention
 from tvm_backend.kernels.cpu.emitters import EMITTERS
 from tvm_backend.kernels.cpu.linear import emit_linear
 from tvm_backend.kernels.cpu.views import SOURCE_INDEX, emit_views
 from tvm_backend.kernels.kernel import Kernel, Operand
+from tvm_backend.patterns import FusedAttention, FusedLinear, Patterns
 from tvm_backend.targets import CpuTarget
 
 
@@ -25,11 +27,15 @@ class Step:
 
     Args:
         name: the value that it computes.
+        operators: what it stands for, for people: operators joined by ``+``.
+        macs: multiplications and additions of 8-bit codes for one sample.
         kernel: what to call; its arguments count ``inputs``.
         inputs: names of values, as :attr:`Plan.sources` maps them.
     """
 
     name: str
+    operators: str
+    macs: int
     kernel: Kernel = field(repr=False)
     inputs: tuple[str, ...]
 
@@ -49,28 +55,19 @@ class Plan:
     sources: Mapping[str, str] = field(repr=False)
 
 
-def plan(program: IntegerProgram, target: CpuTarget) -> Plan:
-    """Choose the kernels of a verified program."""
-    return _Planner(program, target).run()
+def plan(program: IntegerProgram, target: CpuTarget, bounds: Mapping[str, Interval]) -> Plan:
+    """Choose the kernels of a verified program.
 
-
-def rescaled_linears(program: IntegerProgram) -> dict[str, Node]:
-    """Return the linears, by name, whose one reader is a requantize with one multiplier or one a column."""
-    readers: Counter[str] = Counter(name for node in program.nodes for name in node.inputs)
-    readers.update(value for _, value in program.outputs)
-    linears = {node.name for node in program.nodes if node.op == "linear"}
-    return {
-        node.inputs[0]: node
-        for node in program.nodes
-        if node.op == "requantize"
-        and node.inputs[0] in linears
-        and readers[node.inputs[0]] == 1
-        and math.prod(program.constants[node.inputs[1]].shape[:-1]) == 1
-    }
+    Args:
+        program: the program.
+        target: decides how kernels are written.
+        bounds: of every value, as the verifier returned them.
+    """
+    return _Planner(program, target, bounds).run()
 
 
 class _Planner:
-    def __init__(self, program: IntegerProgram, target: CpuTarget) -> None:
+    def __init__(self, program: IntegerProgram, target: CpuTarget, bounds: Mapping[str, Interval]) -> None:
         self._program, self._target = program, target
         self._values = {name: Operand(kind) for name, kind in program.inputs}
         for name, array in program.constants.items():
@@ -79,34 +76,54 @@ class _Planner:
         self._sources = {name: name for name in self._values}
         self._chains: dict[str, tuple[str, tuple[Node, ...]]] = {}
         self._steps: list[Step] = []
+        self._groups = Patterns(program, bounds).find()
 
     def run(self) -> Plan:
-        rescaled = rescaled_linears(self._program)
-        producers = {node.name: node for node in self._program.nodes if node.name in rescaled}
+        inside = {
+            node.name for group in self._groups.values() for node in group.members if node.name != group.last.name
+        }
         for node in self._program.nodes:
             operands = tuple(self._values[name] for name in node.inputs)
             self._values[node.name] = Operand(node.type)
-            if node.name in rescaled:
+            group = self._groups.get(node.name)
+            if node.name in inside:
                 continue
-            if node.op in SOURCE_INDEX:
+            if isinstance(group, FusedLinear):
+                self._linear(group)
+            elif isinstance(group, FusedAttention):
+                self._attention(group)
+            elif node.op in SOURCE_INDEX:
                 base, chain = self._chains.get(node.inputs[0], (node.inputs[0], ()))
                 self._chains[node.name] = (base, (*chain, node))
-            elif node.op == "requantize" and node.inputs[0] in producers:
-                linear = producers[node.inputs[0]]
-                inputs = tuple(self._values[name] for name in linear.inputs)
-                multiplier = operands[1].constant()
-                self._add(node.name, emit_linear(linear, inputs, self._target, (node, multiplier)), linear.inputs)
             else:
-                self._add(node.name, EMITTERS[node.op](node, operands, self._target), node.inputs)
+                kernel = EMITTERS[node.op](node, operands, self._target)
+                self._add(node.name, node.op, _macs(node, operands), kernel, node.inputs)
         for _, value in self._program.outputs:
             self._materialize(value)
         return Plan(tuple(self._steps), self._values, self._sources)
 
-    def _add(self, name: str, kernel: Kernel, inputs: tuple[str, ...]) -> None:
-        for value in inputs:
-            self._materialize(value)
+    def _linear(self, group: FusedLinear) -> None:
+        inputs = group.linear.inputs if group.addend is None else (*group.linear.inputs, group.addend)
+        operands = tuple(self._values[name] for name in inputs)
+        kernel = emit_linear(group.linear, operands, self._target, group.epilogue)
+        macs = _macs(group.linear, operands)
+        self._add(group.last.name, "+".join(node.op for node in group.members), macs, kernel, inputs)
+
+    def _attention(self, group: FusedAttention) -> None:
+        operands = tuple(self._values[name] for name in group.operands)
+        kernel = emit_attention(group.rule, operands, self._target)
+        macs = sum(
+            _macs(node, [self._values[name] for name in node.inputs]) for node in group.members if node.op == "matmul"
+        )
+        self._add(group.last.name, "attention", macs, kernel, group.operands)
+
+    def _add(self, name: str, operators: str, macs: int, kernel: Kernel, inputs: tuple[str, ...]) -> None:
+        for argument in kernel.arguments:
+            if not hasattr(argument, "index"):
+                continue
+            self._materialize(inputs[argument.index])
         self._sources[name] = name
-        self._steps.append(Step(name, kernel, inputs))
+        self._steps.append(Step(name, operators, macs, kernel, inputs))
 
     def _materialize(self, name: str) -> None:
         """Give the end of a chain of views its elements, if it has none yet."""
@@ -117,4 +134,10 @@ class _Planner:
         if all(node.op == "reshape" for node in chain):
             self._sources[name] = self._sources[base]
             return
-        self._add(name, emit_views(chain, self._values[base]), (base,))
+        self._add(name, "+".join(node.op for node in chain), 0, emit_views(chain, self._values[base]), (base,))
+
+
+def _macs(node: Node, operands: tuple[Operand, ...] | list[Operand]) -> int:
+    if node.op not in ("linear", "matmul"):
+        return 0
+    return math.prod(node.type.shape) * operands[0].type.shape[-1]

@@ -1,9 +1,11 @@
-"""Run a compiled program on numpy arrays; needs TVM's runtime, never torch."""
+"""Run a compiled program on numpy arrays; needs TVM's small runtime library, neither its compiler nor torch."""
 
 from __future__ import annotations
 
 import tempfile
 import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,27 @@ import numpy.typing as npt
 from quantizers.errors import ArtifactError
 from quantizers.integer.inputs import check_finite, check_inputs
 from tvm_backend.bundle import LIBRARY, Bundle, load_bundle
-from tvm_backend.imports import import_tvm
+from tvm_backend.imports import import_runtime, tvm_version
+from tvm_backend.schedule import ALIGNMENT, ARENA, CONSTANT, INPUT, Argument
 from tvm_backend.targets import check_runnable
 from tvm_backend.threads import check_threads, set_threads
 
-_ENTRY = "main"
+Array = npt.NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """The calls for one batch size, on memory of their own.
+
+    Args:
+        calls: functions and their arguments, those that are inputs still missing.
+        inputs: (number of the call, number of its argument, number of the input, shape) for each of those.
+        outputs: views of the arena.
+    """
+
+    calls: list[tuple[Callable[..., None], list[Any]]]
+    inputs: list[tuple[int, int, int, tuple[int, ...]]]
+    outputs: list[Array]
 
 
 class CompiledProgram:
@@ -37,23 +55,23 @@ class CompiledProgram:
         check_runnable(bundle.target, bundle.arch, bundle.cpu_features)
         self.bundle = bundle
         self.threads = check_threads(threads)
-        tvm = import_tvm()
-        if bundle.tvm_version != str(tvm.__version__):
+        if bundle.tvm_version != tvm_version():
             raise ArtifactError(
-                f"the bundle was compiled with TVM {bundle.tvm_version}, installed is {tvm.__version__}; "
+                f"the bundle was compiled with TVM {bundle.tvm_version}, installed is {tvm_version()}; "
                 "build the bundle again, or install the version that built it"
             )
-        # The virtual machine keeps the frames of the running call, so it can run one at a time.
+        runtime = import_runtime()
+        # All calls share one arena.
         self._running = threading.Lock()
-        self._tensor: Any = tvm.runtime.tensor
+        self._tensor: Callable[[Array], Any] = runtime.from_dlpack
         with tempfile.TemporaryDirectory() as scratch:
             # The loader maps the file, so it may go as soon as it is loaded.
             path = Path(scratch) / LIBRARY
             path.write_bytes(bundle.library)
-            library = tvm.runtime.load_module(str(path))
-        machine = import_tvm("tvm.runtime.vm").VirtualMachine(library, tvm.cpu())
-        self._run: Any = machine[_ENTRY]
-        self._constants = [self._tensor(array) for array in bundle.constants]
+            self._library = runtime.load_module(str(path))
+        self._constants = [_aligned(array) for array in bundle.constants]
+        self._prepared: dict[int, _Prepared] = {}
+        self._arena: Array = np.empty(0, np.uint8)
 
     def __call__(self, *inputs: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.generic], ...]:
         """Run the program.
@@ -70,13 +88,55 @@ class CompiledProgram:
         arrays = [np.asarray(array) for array in inputs]
         check_inputs(self.bundle.inputs, [(array.shape, array.dtype.name) for array in arrays])
         for (name, _), array in zip(self.bundle.inputs, arrays, strict=True):
-            check_finite(name, finite=bool(np.isfinite(array).all()))
+            check_finite(name, finite=_is_finite(array))
         # TVM's pool belongs to the calling thread and another program may have set it since.
         set_threads(self.threads)
-        tensors = [self._tensor(np.ascontiguousarray(array)) for array in arrays]
         with self._running:
-            results = self._run(*tensors, self._constants)
-        return tuple(result.numpy() for result in results)
+            prepared = self._prepare(len(arrays[0]))
+            self._set_inputs(prepared, arrays)
+            for function, arguments in prepared.calls:
+                function(*arguments)
+            return tuple(output.copy() for output in prepared.outputs)
+
+    def _set_inputs(self, prepared: _Prepared, arrays: Sequence[Array]) -> None:
+        placed = [_aligned(array) for array in arrays]
+        for call, position, index, shape in prepared.inputs:
+            prepared.calls[call][1][position] = self._tensor(placed[index].reshape(shape))
+
+    def _prepare(self, batch: int) -> _Prepared:
+        """Return the calls for a batch size; those of another size stay only while the arena does."""
+        if batch not in self._prepared:
+            needed = batch * self.bundle.schedule.arena_bytes
+            if needed > self._arena.nbytes:
+                self._prepared.clear()
+                self._arena = _empty(needed)
+            self._prepared[batch] = self._bind(batch)
+        return self._prepared[batch]
+
+    def _bind(self, batch: int) -> _Prepared:
+        calls: list[tuple[Callable[..., None], list[Any]]] = []
+        inputs = []
+        for call in self.bundle.schedule.calls:
+            arguments: list[Any] = []
+            for argument in call.arguments:
+                if argument.place == INPUT:
+                    shape = (batch * argument.rows, *argument.tail)
+                    inputs.append((len(calls), len(arguments), argument.position, shape))
+                    arguments.append(None)
+                else:
+                    arguments.append(self._tensor(self._view(argument, batch)))
+            calls.append((self._library[call.function], arguments))
+        outputs = [self._view(argument, batch) for argument in self.bundle.schedule.outputs]
+        return _Prepared(calls, inputs, outputs)
+
+    def _view(self, argument: Argument, batch: int) -> Array:
+        if argument.place == CONSTANT:
+            return self._constants[argument.position].reshape(argument.rows, *argument.tail)
+        assert argument.place == ARENA
+        shape = (batch * argument.rows, *argument.tail)
+        start = batch * argument.position
+        size = int(np.prod(shape)) * np.dtype(argument.dtype).itemsize
+        return self._arena[start : start + size].view(argument.dtype).reshape(shape)
 
 
 def load(directory: Path | str, threads: int | None = None) -> CompiledProgram:
@@ -88,3 +148,24 @@ def load(directory: Path | str, threads: int | None = None) -> CompiledProgram:
         UsageError: the number of threads is out of range.
     """
     return CompiledProgram(load_bundle(directory), threads)
+
+
+def _is_finite(array: Array) -> bool:
+    # The extremes say it without an array of truth values: a NaN is the largest and the smallest of all.
+    return bool(np.isfinite(array.max()) and np.isfinite(array.min()))
+
+
+def _empty(size: int) -> Array:
+    """Return bytes that start on a cache line."""
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size]
+
+
+def _aligned(array: Array) -> Array:
+    """Return an array whose elements are in order and start on a cache line: itself, or a copy."""
+    if array.flags.c_contiguous and array.flags.writeable and array.ctypes.data % ALIGNMENT == 0:
+        return array
+    copy = _empty(array.nbytes).view(array.dtype).reshape(array.shape)
+    np.copyto(copy, array)
+    return copy

@@ -26,7 +26,8 @@ class CpuTarget:
         mcpu: LLVM's processor name.
         mattr: LLVM features on top of it.
         features: flags, as Linux names them in /proc/cpuinfo, without which the code would not run.
-        vnni: whether kernels may use the 512-bit u8 x s8 dot product.
+        dot: how matrix products are multiplied, a key of :data:`tvm_backend.kernels.cpu.dot.DOTS`.
+        byte_tables: whether a 256-entry table of bytes can be read for 64 codes at once (AVX512-VBMI).
     """
 
     name: str
@@ -34,7 +35,8 @@ class CpuTarget:
     mcpu: str
     mattr: tuple[str, ...] = ()
     features: tuple[str, ...] = ()
-    vnni: bool = False
+    dot: str = "multiply-128"
+    byte_tables: bool = False
 
     def to_tvm(self) -> Any:
         """Return the ``tvm.target.Target``."""
@@ -52,21 +54,40 @@ class CpuTarget:
 
 _AVX2 = ("avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "abm")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+#: LLVM's model of the AVX512 level avoids 512-bit registers, for processors that slow down under them.
+_WIDE = "-prefer-256-bit"
 
-#: Weakest first: ``native`` is the last one that the machine can run.
+#: Weakest first within an architecture: ``native`` is the last one that the machine can run.
 TARGETS: Mapping[str, CpuTarget] = MappingProxyType(
     {
-        "x86-64": CpuTarget("x86-64", "x86_64", "x86-64"),
-        "x86-64-avx2": CpuTarget("x86-64-avx2", "x86_64", "x86-64-v3", (), _AVX2),
-        "x86-64-avx512-vnni": CpuTarget(
-            "x86-64-avx512-vnni",
-            "x86_64",
-            "x86-64-v4",
-            # LLVM's model of this level avoids 512-bit registers, for processors that slow down under them.
-            ("+avx512vnni", "-prefer-256-bit"),
-            (*_AVX512, "avx512_vnni"),
-            vnni=True,
-        ),
+        target.name: target
+        for target in (
+            CpuTarget("x86-64", "x86_64", "x86-64", dot="pmaddwd-128"),
+            CpuTarget("x86-64-avx2", "x86_64", "x86-64-v3", (), _AVX2, dot="pmaddwd-256"),
+            CpuTarget(
+                "x86-64-avx-vnni", "x86_64", "x86-64-v3", ("+avxvnni",), (*_AVX2, "avx_vnni"), dot="vpdpbusd-256"
+            ),
+            CpuTarget("x86-64-avx512", "x86_64", "x86-64-v4", (_WIDE,), _AVX512, dot="pmaddwd-512"),
+            CpuTarget(
+                "x86-64-avx512-vnni",
+                "x86_64",
+                "x86-64-v4",
+                ("+avx512vnni", _WIDE),
+                (*_AVX512, "avx512_vnni"),
+                dot="vpdpbusd-512",
+            ),
+            CpuTarget(
+                "x86-64-avx512-vnni-vbmi",
+                "x86_64",
+                "x86-64-v4",
+                ("+avx512vnni", "+avx512vbmi", _WIDE),
+                (*_AVX512, "avx512_vnni", "avx512vbmi"),
+                dot="vpdpbusd-512",
+                byte_tables=True,
+            ),
+            CpuTarget("aarch64", "aarch64", "generic", ("+neon",)),
+            CpuTarget("aarch64-dotprod", "aarch64", "generic", ("+neon", "+dotprod"), ("asimddp",), dot="sdot-128"),
+        )
     }
 )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 
 from quantizers.errors import UsageError
-from tvm_backend.imports import import_tvm
+from tvm_backend.imports import import_runtime
 
 _VARIABLE = "TVM_NUM_THREADS"
 #: TVM's affinity mode "big cores first", its default.
@@ -39,7 +39,7 @@ def check_threads(threads: int | None) -> int:
 
 def current_threads() -> int:
     """Return how many threads a kernel called from this thread would use."""
-    return int(import_tvm("tvm_ffi").get_global_func("runtime.NumThreads")())
+    return int(import_runtime().get_global_func("runtime.NumThreads")())
 
 
 def set_threads(threads: int) -> None:
@@ -48,7 +48,7 @@ def set_threads(threads: int) -> None:
     Raises:
         UsageError: other code has already started TVM's pool in this thread, with fewer.
     """
-    configure = import_tvm("tvm_ffi").get_global_func("runtime.config_threadpool")
+    configure = import_runtime().get_global_func("runtime.config_threadpool")
     size = str(usable_processors())
     # Writing the environment while another thread reads it is not safe in C, hence only if it differs.
     if os.environ.get(_VARIABLE) != size:

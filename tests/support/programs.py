@@ -44,11 +44,19 @@ def saturate(dtype: str, zero_point: int = 0) -> dict[str, int]:
 
 
 def random_block(
-    seed: int, tokens: int = 5, heads: int = 2, head_dim: int = 8, channels: int = 3, patch: int = 2
+    seed: int,
+    tokens: int = 5,
+    heads: int = 2,
+    head_dim: int = 8,
+    channels: int = 3,
+    patch: int = 2,
+    *,
+    probabilities: bool = True,
 ) -> IntegerProgram:
     """One transformer block with patch embedding, mean and head: every operator of the contract.
 
-    The constants are random and include the extremes of their ranges; zero points are not zero.
+    The constants are random and include the extremes of their ranges; zero points are not zero. Without
+    ``probabilities`` among the results, nothing but its own product reads the attention's exponentials.
     """
     rng = np.random.default_rng(seed)
     width = heads * head_dim
@@ -172,7 +180,13 @@ def random_block(
     pooled = b.node("reduce_sum", (final,), "int32", (width,), axis=0, zero_point=0)
     logits = linear(requantize(pooled, 0.01), 10)
     scale = b.constant(rng.uniform(1e-4, 1e-2, 10).astype(np.float32))
-    probabilities = b.node(
+    results = [
+        b.node("dequantize", (logits, scale), "float32", (10,), zero_point=0),
+        b.node("dequantize", (final, b.constant(np.float32([0.25]))), "float32", (tokens, width), zero_point=3),
+    ]
+    if not probabilities:
+        return b.build(*results)
+    normalized = b.node(
         "normalize_rows",
         (weights, total),
         "uint8",
@@ -183,11 +197,7 @@ def random_block(
         qmin=0,
         qmax=255,
     )
-    return b.build(
-        b.node("dequantize", (logits, scale), "float32", (10,), zero_point=0),
-        b.node("dequantize", (final, b.constant(np.float32([0.25]))), "float32", (tokens, width), zero_point=3),
-        probabilities,
-    )
+    return b.build(*results, normalized)
 
 
 def random_images(program: IntegerProgram, batch: int, seed: int) -> np.ndarray:

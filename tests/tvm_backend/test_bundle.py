@@ -73,12 +73,13 @@ def test_truncated_or_missing_files(saved, name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, r"manifest\.json: format version 2, this version reads 1; build the bundle again"),
+        ({"format_version": 1}, r"manifest\.json: format version 1, this version reads 2; build the bundle again"),
         ({"compressed": True}, r"manifest\.json: unknown keys compressed; build the bundle again"),
         ({"target": None}, r"manifest\.json: no target; build the bundle again"),
         ({"inputs": [{"name": "image"}]}, r"manifest\.json: inputs has a value of the wrong form"),
         ({"cpu_features": "avx2"}, r"manifest\.json: cpu_features has a value of the wrong form, 'avx2'"),
         ({"tvm_version": "0.1"}, r"compiled with TVM 0\.1, installed is .*; build the bundle again, or install"),
+        ({"schedule": {"calls": []}}, r"manifest\.json: schedule has a value of the wrong form"),
         ({"library_sha256": "0" * 64}, r"model\.so is damaged"),
     ],
 )

@@ -8,6 +8,7 @@ from support.programs import random_block, random_images
 from quantizers.errors import TargetError
 from tvm_backend.build import build
 from tvm_backend.runtime import CompiledProgram
+from tvm_backend.targets import TARGETS as CPU_TARGETS
 from tvm_backend.targets import check_runnable, get_target
 from tvm_backend.threads import usable_processors
 
@@ -20,16 +21,17 @@ BLOCKS = [
     {"seed": 3, "tokens": 17, "heads": 3, "head_dim": 48, "patch": 3},
     {"seed": 4, "tokens": 70, "heads": 2, "head_dim": 64},
 ]
-TARGETS = ["x86-64", "x86-64-avx2", "x86-64-avx512-vnni"]
+TARGETS = list(CPU_TARGETS)
 
 
 def name(block: dict[str, int]) -> str:
     return "-".join(f"{key}{value}" for key, value in block.items())
 
 
+@pytest.mark.parametrize("probabilities", [False, True], ids=["fused", "apart"])
 @pytest.mark.parametrize("block", BLOCKS, ids=name)
-def test_native_code_equals_interpreter(block, check):
-    program = random_block(**block)
+def test_native_code_equals_interpreter(block, probabilities, check):
+    program = random_block(**block, probabilities=probabilities)
     bundle = build(program)
     for threads in range(1, min(2, usable_processors()) + 1):
         compiled = CompiledProgram(bundle, threads)
@@ -44,7 +46,7 @@ def test_each_instruction_set_equals_interpreter(target, check):
         check_runnable(chosen.name, chosen.arch, chosen.features)
     except TargetError as error:
         pytest.skip(str(error))
-    program = random_block(5, tokens=9, heads=3, head_dim=11)
+    program = random_block(5, tokens=9, heads=3, head_dim=11, probabilities=False)
     compiled = CompiledProgram(build(program, target))
     for batch in (1, 3):
         check(program, compiled, random_images(program, batch, seed=batch))

@@ -1,21 +1,108 @@
-"""The inner loop of all matrix products: a register tile of int32 accumulators.
+"""The inner loop of all matrix products, parametrised by what the processor offers.
 
-A tile is ``rows`` x ``vectors * LANES`` accumulators; each step multiplies ``group`` neighbours along the
-reduction. The right operand is packed as ``[column tile][group of K][vectors][LANES][group]``.
+A register tile is ``rows`` x ``vectors * lanes`` int32 accumulators; each step multiplies ``group`` neighbours
+along the reduction. The right operand is int8, packed as ``[column tile][group of K][vectors][lanes][group]``.
+
+The instructions read the left operand as one type of element. Codes of the other sign are shifted by 128
+first; the sums then differ by ``128 * sum of the right column``, which whoever packs the right operand
+subtracts. Sums wrap around modulo 2^32 and never saturate, so the total is exact even where a partial sum
+with shifted codes is not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from tvm_backend.kernels.cpu.arithmetic import cast, literal
 from tvm_backend.kernels.cpu.function import Buffer, Expr, local, script
-from tvm_backend.targets import CpuTarget
 
-LANES = 16
-#: Turns int8 codes into uint8 codes that are 128 larger, four at a time.
-_SIGN_BITS = 0x80808080 - 2**32
-_VPDPBUSD = "llvm.x86.avx512.vpdpbusd.512"
+
+@dataclass(frozen=True, slots=True)
+class Dot:
+    """How a processor adds products of 8-bit codes to int32 sums.
+
+    Args:
+        lanes: int32 sums of one vector.
+        group: products that one step adds to each of them.
+        left: element type of the left operand as the instruction reads it.
+        accumulators: vectors of sums that fit the registers beside the operands.
+        intrinsic: LLVM's name of the instruction; None for multiplications and additions.
+    """
+
+    lanes: int
+    group: int
+    left: str
+    accumulators: int
+    intrinsic: str | None
+
+    def shift(self, dtype: str) -> int:
+        """Return what is added to left codes of a type before the instruction reads them."""
+        return {("int8", "uint8"): 128, ("uint8", "int8"): -128}.get((dtype, self.left), 0)
+
+    def convert(self, codes: Expr, dtype: str, lanes: int = 1) -> Expr:
+        """Turn left codes of ``dtype`` into what the instruction reads."""
+        if dtype == self.left:
+            return codes
+        if self.shift(dtype):
+            suffix = f"x{lanes}" if lanes > 1 else ""
+            flipped = script().bitwise_xor(codes, literal(-128 if dtype == "int8" else 128, dtype, lanes))
+            return script().reinterpret(flipped, dtype=f"{self.left}{suffix}")
+        return cast(codes, self.left, lanes)
+
+    def word(self, left: Buffer, index: Sequence[Expr]) -> Expr:
+        """Load ``group`` neighbouring codes, already converted, and repeat them for each lane.
+
+        Args:
+            left: element type :attr:`left`, or any integers where ``group`` is 1.
+            index: of the first code; a multiple of ``group`` along the last axis.
+        """
+        tirx = script()
+        if self.group == 1:
+            return tirx.broadcast(cast(left[tuple(index)], "int32"), self.lanes)
+        codes = left.vload(list(index), f"{left.dtype}x{self.group}")
+        return tirx.broadcast(tirx.reinterpret(codes, dtype="int32"), self.lanes)
+
+    def multiply_add(self, sums: Expr, word: Expr, right: Expr) -> Expr:
+        """Add ``group`` products to each lane.
+
+        Args:
+            sums: int32 x lanes.
+            word: int32 x lanes, what :meth:`word` returned.
+            right: int8 x (lanes * group).
+        """
+        tirx = script()
+        if self.intrinsic is None:
+            return sums + word * cast(right, "int32", self.lanes)
+        width = self.lanes * self.group
+        identifier = tirx.llvm_lookup_intrinsic_id(self.intrinsic)
+        dtype = f"int32x{self.lanes}"
+        if self.left == "int16":
+            codes = tirx.reinterpret(word, dtype=f"int16x{width}")
+            return sums + tirx.call_llvm_pure_intrin(identifier, codes, cast(right, "int16", width), dtype=dtype)
+        # LLVM takes bytes here, not the int32 lanes of earlier versions.
+        codes = tirx.reinterpret(word, dtype=f"int8x{width}")
+        return tirx.call_llvm_pure_intrin(identifier, sums, codes, right, dtype=dtype)
+
+    def column_sums(self, sums: Expr, right: Expr) -> Expr:
+        """Add the codes of each column of ``right`` to its lane."""
+        ones = {4: 0x01010101, 2: 0x00010001, 1: 1}[self.group]
+        return self.multiply_add(sums, literal(ones, "int32", self.lanes), right)
+
+
+#: Instruction family, as :attr:`tvm_backend.targets.CpuTarget.dot` names it.
+DOTS: Mapping[str, Dot] = MappingProxyType(
+    {
+        "vpdpbusd-512": Dot(16, 4, "uint8", 24, "llvm.x86.avx512.vpdpbusd.512"),
+        "vpdpbusd-256": Dot(8, 4, "uint8", 12, "llvm.x86.avx512.vpdpbusd.256"),
+        "pmaddwd-512": Dot(16, 2, "int16", 24, "llvm.x86.avx512.pmaddw.d.512"),
+        "pmaddwd-256": Dot(8, 2, "int16", 12, "llvm.x86.avx2.pmadd.wd"),
+        "pmaddwd-128": Dot(4, 2, "int16", 12, "llvm.x86.sse2.pmadd.wd"),
+        "sdot-128": Dot(4, 4, "int8", 24, "llvm.aarch64.neon.sdot.v4i32.v16i8"),
+        "multiply-128": Dot(4, 1, "int16", 16, None),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,29 +110,29 @@ class Tile:
     """Extents of a register tile.
 
     Args:
+        dot: the instruction.
         rows: rows of the left operand.
-        vectors: vectors of LANES columns of the right operand.
-        group: neighbours along the reduction in one step: 4 with the u8 x s8 instruction, else 1.
+        vectors: vectors of the right operand.
     """
 
+    dot: Dot
     rows: int
     vectors: int
-    group: int
 
     @classmethod
-    def choose(cls, columns: int, target: CpuTarget, *, dot4: bool) -> Tile:
-        """Return a tile that fits the registers and does not exceed the columns."""
-        if dot4:
-            # 24 accumulators of the 32 registers: enough to hide the latency of the instruction.
-            vectors = min(4, -(-columns // LANES))
-            return cls(24 // max(vectors, 2), vectors, 4)
-        wide = "avx512f" in target.features
-        return cls(4 if wide else 2, min(2 if wide else 1, -(-columns // LANES)), 1)
+    def choose(cls, columns: int, dot: Dot) -> Tile:
+        """Return a tile that fills the registers, of the width that wastes least of the last tile."""
+        needed = -(-columns // dot.lanes)
+        widest = 4 if dot.accumulators >= 24 else 2
+        widths = [width for width in range(min(widest, needed), 0, -1) if width > 1 or widest < 2 or needed == 1]
+        # Ties go to the wider tile: it reads the left operand less often.
+        vectors = min(widths, key=lambda width: (-(-needed // width) * width, -width))
+        return cls(dot, min(dot.accumulators // vectors, 12), vectors)
 
     @property
     def width(self) -> int:
         """Columns of a tile."""
-        return self.vectors * LANES
+        return self.vectors * self.dot.lanes
 
     def columns(self, count: int) -> int:
         """Return how many tiles cover ``count`` columns."""
@@ -53,54 +140,12 @@ class Tile:
 
     def groups(self, depth: int) -> int:
         """Return how many groups cover a reduction over ``depth``."""
-        return -(-depth // self.group)
+        return -(-depth // self.dot.group)
 
+    def accumulators(self) -> list[Buffer]:
+        """Declare the accumulators, one array a row: all of them together would be too large for the stack."""
+        return [local(self.width, "int32") for _ in range(self.rows)]
 
-def accumulators(tile: Tile) -> list[Buffer]:
-    """Declare the accumulators, one array a row: all of them together would be too large for the stack."""
-    return [local(tile.width, "int32") for _ in range(tile.rows)]
-
-
-def lane(vector: int) -> Expr:
-    """Return the index of one vector in a row of accumulators."""
-    return script().ramp(vector * LANES, 1, LANES)
-
-
-def dot4(accumulator: Expr, unsigned: Expr, signed: Expr) -> Expr:
-    """Add four products of bytes to each of 16 int32 lanes; wraps, never saturates.
-
-    Args:
-        accumulator: int32x16.
-        unsigned: int32x16, each four uint8.
-        signed: int8x64.
-    """
-    tirx = script()
-    return tirx.call_llvm_pure_intrin(
-        tirx.llvm_lookup_intrinsic_id(_VPDPBUSD),
-        accumulator,
-        # LLVM 22 takes bytes here, not the int32 lanes of earlier versions.
-        tirx.reinterpret(unsigned, dtype="int8x64"),
-        signed,
-        dtype="int32x16",
-    )
-
-
-def load_group(left: Buffer, prefix: list[Expr], start: Expr, count: int, *, signed: bool) -> Expr:
-    """Return four codes of a row as one int32 of uint8; int8 codes come out 128 larger.
-
-    Args:
-        left: int8 or uint8.
-        prefix: index of the row.
-        start: first code.
-        count: 4, or fewer at the end of a row; the rest then has no meaning beyond being defined.
-        signed: whether the codes are int8.
-    """
-    tirx = script()
-    if count == 4:
-        word = tirx.reinterpret(left.vload([*prefix, start], f"{left.dtype}x4"), dtype="int32")
-    else:
-        word = literal(0, "int32")
-        for offset in range(count):
-            byte = tirx.bitwise_and(cast(left[(*prefix, start + offset)], "int32"), literal(255, "int32"))
-            word = tirx.bitwise_or(word, tirx.shift_left(byte, literal(8 * offset, "int32")))
-    return tirx.bitwise_xor(word, literal(_SIGN_BITS, "int32")) if signed else word
+    def lane(self, vector: int) -> Expr:
+        """Return the index of one vector in a row of accumulators."""
+        return script().ramp(vector * self.dot.lanes, 1, self.dot.lanes)

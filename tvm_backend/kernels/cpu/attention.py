@@ -1,0 +1,318 @@
+"""One attention head: scores, integer softmax and the mixture of values, without a score leaving the cache.
+
+A first parallel loop packs the keys and the values of every head as the dot-product instruction reads them. A
+second one goes through tiles of queries: their scores are requantized to codes in a small row buffer, which the
+table of exponentials turns into un-normalized probabilities; these multiply the values, and each row is divided
+once by its sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from quantizers.integer.program import INTEGER_RANGES, Node
+from tvm_backend.imports import import_tvm
+from tvm_backend.kernels.cpu.arithmetic import cast, literal, saturate, shift_round
+from tvm_backend.kernels.cpu.byte_table import WIDTH, by_unsigned_code, join, look_up
+from tvm_backend.kernels.cpu.dot import DOTS, Dot
+from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, local, script
+from tvm_backend.kernels.cpu.pack import Packed, pack_columns, pack_rows
+from tvm_backend.kernels.cpu.panel import Panel
+from tvm_backend.kernels.cpu.rescale import rescale
+from tvm_backend.kernels.kernel import Array, Kernel, Layout, Operand
+from tvm_backend.strides import Strided
+from tvm_backend.targets import CpuTarget
+
+#: Queries of one register tile, and tiles that one task works through.
+_ROWS = 6
+_TILES_PER_TASK = 4
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The operators of one attention, and where their operands lie in the kernel's arguments.
+
+    Args:
+        scores: ``matmul`` of queries and keys.
+        rescale: ``requantize`` of the scores.
+        multiplier: its multiplier, one entry or one for each of the leading axes.
+        narrow: whether the codes are proved to fit int32 before they are clipped.
+        table: of ``exponentials``.
+        product: ``matmul`` of the exponentials and the values.
+        normalize: ``normalize_rows``.
+        narrow_reciprocal: whether ``numerator // sum`` and the quotients are proved to fit int32.
+        query: queries in operand 0, axes (*lead, queries, depth).
+        key: keys in operand 1, axes (*lead, keys, depth).
+        value: values in operand 2, axes (*lead, keys, channels).
+        result: the mixture in the result, axes (*lead, queries, channels).
+        result_node: last node, ``normalize`` or a view of it, whose value the kernel computes.
+        depth: channels of queries and keys.
+    """
+
+    scores: Node
+    rescale: Node
+    multiplier: Array = field(repr=False)
+    narrow: bool
+    table: Array = field(repr=False)
+    product: Node
+    normalize: Node
+    narrow_reciprocal: bool
+    query: Strided
+    key: Strided
+    value: Strided
+    result: Strided
+    result_node: Node
+    depth: int
+
+
+def emit_attention(rule: Attention, operands: Sequence[Operand], target: CpuTarget) -> Kernel:
+    """``normalize_rows(exponentials(requantize(q k^T)) v)`` for all heads.
+
+    Args:
+        rule: the operators.
+        operands: the values that hold queries, keys and values; the same one may stand for several.
+        target: decides which instructions are used.
+    """
+    return _Writer(rule, operands, target).kernel()
+
+
+def even_runs(vectors: int, widest: int) -> list[tuple[int, int, int]]:
+    """Split vectors into tiles of almost equal width: (first vector, tiles, width) of at most two runs."""
+    tiles = -(-vectors // widest)
+    narrow, wide_tiles = vectors // tiles, vectors % tiles
+    runs = [(0, wide_tiles, narrow + 1), (wide_tiles * (narrow + 1), tiles - wide_tiles, narrow)]
+    return [run for run in runs if run[1]]
+
+
+class _Writer:
+    def __init__(self, rule: Attention, operands: Sequence[Operand], target: CpuTarget) -> None:
+        self.rule, self.operands, self.target = rule, operands, target
+        self.dot: Dot = DOTS[target.dot]
+        *lead, self.queries, self.keys = rule.scores.type.shape
+        self.lead = tuple(lead)
+        self.channels = rule.product.type.shape[-1]
+        self.depth = rule.depth
+        self.score_vectors = -(-self.keys // self.dot.lanes)
+        self.channel_vectors = -(-self.channels // self.dot.lanes)
+        # Whole lookups and whole groups of keys.
+        self.padded_keys = -(-max(self.score_vectors * self.dot.lanes, self.keys) // WIDTH) * WIDTH
+
+    def kernel(self) -> Kernel:
+        tirx, rule = script(), self.rule
+        flat = Layout(1, (int(np.prod(rule.result_node.type.shape)),))
+        function = Function(rule.result_node, self.operands, flat, rule.normalize.type.dtype)
+        count = int(np.prod(self.lead))
+        with function.body():
+            sources: dict[int, Buffer] = {}
+            buffers = []
+            for index, operand in enumerate(self.operands):
+                same = next((i for i in range(index) if self.operands[i] is operand), index)
+                if same == index:
+                    sources[index] = function.value(index, Layout(1, (int(np.prod(operand.type.shape)),)))
+                buffers.append(sources[same])
+            table = by_unsigned_code(rule.table, "uint8")
+            self.table = function.constant(table)
+            self.multiplier: Buffer | None = None
+            if rule.multiplier.size > 1:
+                per_head = np.broadcast_to(rule.multiplier, (*self.lead, 1, 1)).reshape(-1)
+                self.multiplier = function.constant(per_head)
+            mask = np.zeros(WIDTH, np.int8)
+            mask[: self.keys - (self.padded_keys - WIDTH)] = -1
+            self.mask = function.constant(mask)
+            result = function.result()
+            items = function.rows * count
+            keys, values = self._pack(buffers, items, count)
+            tiles = -(-self.queries // _ROWS)
+            blocks = -(-tiles // _TILES_PER_TASK)
+            with tirx.parallel(items * blocks) as task:
+                item, block = task // blocks, task % blocks
+                rows = tirx.alloc_buffer((_ROWS, self.padded_keys), "uint8", scope="global")
+                if self.padded_keys > self.score_vectors * self.dot.lanes:
+                    # Score tiles never write these, and lookups read them.
+                    with (
+                        tirx.serial(_ROWS) as i,
+                        tirx.serial(self.score_vectors * self.dot.lanes, self.padded_keys) as j,
+                    ):
+                        tirx.buffer_store(rows, literal(0, "uint8"), [i, j])
+                panel = Panel(
+                    self.dot, buffers[0], self._index(rule.query, item, count),
+                    self.operands[0].type.dtype, self.depth, _ROWS,
+                )  # fmt: skip
+                with tirx.serial(_TILES_PER_TASK) as step:
+                    first = (block * _TILES_PER_TASK + step) * _ROWS
+                    with tirx.If(first < self.queries), tirx.Then():
+                        at = [tirx.min(first + i, self.queries - 1) for i in range(_ROWS)]
+                        self._scores(panel, at, keys, item, count, rows)
+                        sums = self._exponentials(rows)
+                        self._mix(result, at, rows, sums, values, item, count)
+        return function.kernel()
+
+    def _lead_index(self, item: Expr, count: int, view: Strided) -> Expr:
+        """Offset of an item's first element in its sample."""
+        position, index = item % count, literal(view.offset, "int64")
+        below = 1
+        for extent, stride in zip(reversed(self.lead), reversed(view.strides[:-2]), strict=True):
+            if extent > 1 and stride:
+                index = index + ((position // below) % extent) * stride
+            below *= extent
+        return index
+
+    def _index(self, view: Strided, item: Expr, count: int) -> Callable[[Expr, Expr], list[Expr]]:
+        base = self._lead_index(item, count, view)
+        return lambda row, channel: [item // count, base + row * view.strides[-2] + channel]
+
+    def _pack(self, buffers: Sequence[Buffer], items: Expr, count: int) -> tuple[Packed, Packed]:
+        tirx, rule, dot = script(), self.rule, self.dot
+        _, key, value = (operand.type.dtype for operand in self.operands)
+        keys = Packed.declare(dot, items, self.keys, self.depth, key)
+        values = Packed.declare(dot, items, self.channels, self.keys, value)
+        with tirx.parallel(items) as item:
+            pack_rows(keys, buffers[1], self._index(rule.key, item, count), item)
+            keys.start(item, rule.scores, self.operands[0].type.dtype)
+            pack_columns(values, buffers[2], self._index(rule.value, item, count), item)
+            values.start(item, rule.product, "uint8")
+        return keys, values
+
+    def _scores(self, panel: Panel, at: Sequence[Expr], keys: Packed, item: Expr, count: int, rows: Buffer) -> None:
+        tirx, dot, rule = script(), self.dot, self.rule
+        lanes = dot.lanes
+        read = panel.fill(at)
+        zero_right = keys.zero_points(rule.scores, self.operands[0].type.dtype)[1]
+        if self.multiplier is None:
+            multiplier = literal(int(rule.multiplier.reshape(-1)[0]), "int32", lanes)
+        else:
+            multiplier = tirx.broadcast(self.multiplier[item % count], lanes)
+        for first, tiles, width in even_runs(self.score_vectors, dot.accumulators // _ROWS):
+            with tirx.serial(tiles) as tile:
+                vector = first + tile * width
+                totals = keys.multiply(item, vector, width, read, _ROWS, zero_right)
+                for i, vectors in enumerate(totals):
+                    centred = [v - literal(rule.rescale.integer("input_zero_point"), "int32", lanes) for v in vectors]
+                    codes = [rescale(rule.rescale, [(v, multiplier)], lanes, narrow=rule.narrow) for v in centred]
+                    joined = join(codes, lanes)
+                    if rule.rescale.type.dtype != "uint8":
+                        joined = tirx.reinterpret(joined, dtype=f"uint8x{lanes * width}")
+                    tirx.buffer_store(rows, joined, [i, tirx.ramp(vector * lanes, 1, lanes * width)])
+
+    def _exponentials(self, rows: Buffer) -> Buffer:
+        """Replace the codes of each row by exponentials, zero beyond the last key; return the sums."""
+        tirx = script()
+        sums = local(_ROWS, "int32")
+        with tirx.serial(_ROWS) as i:
+            if self.target.byte_tables:
+                self._wide_exponentials(rows, sums, i)
+            else:
+                self._plain_exponentials(rows, sums, i)
+        return sums
+
+    def _wide_exponentials(self, rows: Buffer, sums: Buffer, i: Expr) -> None:
+        tirx = script()
+        dtype = self.rule.rescale.type.dtype
+        chunks = self.padded_keys // WIDTH
+        mask = self.mask.vload([0], f"int8x{WIDTH}")
+        lowest = literal(INTEGER_RANGES[dtype][0], dtype, WIDTH)
+
+        def load(chunk: Expr) -> Expr:
+            codes = rows.vload([i, chunk * WIDTH], f"uint8x{WIDTH}")
+            return codes if dtype == "uint8" else tirx.reinterpret(codes, dtype=f"int8x{WIDTH}")
+
+        largest = local(WIDTH, dtype)
+        every = tirx.ramp(0, 1, WIDTH)
+        kept = tirx.bitwise_and(load(chunks - 1), tirx.reinterpret(mask, dtype=f"{dtype}x{WIDTH}"))
+        outside = tirx.bitwise_and(lowest, tirx.reinterpret(tirx.bitwise_not(mask), dtype=f"{dtype}x{WIDTH}"))
+        tirx.buffer_store(largest, tirx.bitwise_or(kept, outside), [every])
+        with tirx.serial(chunks - 1) as chunk:
+            tirx.buffer_store(largest, tirx.max(largest[every], load(chunk)), [every])
+        reduce = "llvm.vector.reduce.smax" if dtype == "int8" else "llvm.vector.reduce.umax"
+        peak = tirx.call_llvm_pure_intrin(tirx.llvm_lookup_intrinsic_id(reduce), largest[every], dtype=dtype)
+        top = local(1, dtype)
+        tirx.buffer_store(top, peak, [0])
+        totals = local(16, "int32")
+        lanes = tirx.ramp(0, 1, 16)
+        tirx.buffer_store(totals, literal(0, "int32", 16), [lanes])
+
+        def exponentials(chunk: Expr, *, last: bool) -> None:
+            distance = tirx.reinterpret(tirx.broadcast(top[0], WIDTH), dtype=f"int8x{WIDTH}") - tirx.reinterpret(
+                load(chunk), dtype=f"int8x{WIDTH}"
+            )
+            value = look_up(self.table, distance)
+            # Held in a variable: an expression that is used again would read the codes again, after their end.
+            held = local(WIDTH, "int8")
+            tirx.buffer_store(held, tirx.bitwise_and(value, mask) if last else value, [every])
+            entries = held[every]
+            codes = tirx.reinterpret(entries, dtype=f"uint8x{WIDTH}")
+            tirx.buffer_store(rows, codes, [i, tirx.ramp(chunk * WIDTH, 1, WIDTH)])
+            ones = tirx.reinterpret(literal(0x01010101, "int32", 16), dtype=f"int8x{WIDTH}")
+            added = DOTS["vpdpbusd-512"].multiply_add(totals[lanes], tirx.reinterpret(entries, dtype="int32x16"), ones)
+            tirx.buffer_store(totals, added, [lanes])
+
+        with tirx.serial(chunks - 1) as chunk:
+            exponentials(chunk, last=False)
+        exponentials(chunks - 1, last=True)
+        add = tirx.llvm_lookup_intrinsic_id("llvm.vector.reduce.add")
+        tirx.buffer_store(sums, tirx.call_llvm_pure_intrin(add, totals[lanes], dtype="int32"), [i])
+
+    def _plain_exponentials(self, rows: Buffer, sums: Buffer, i: Expr) -> None:
+        tirx = script()
+        dtype = self.rule.rescale.type.dtype
+
+        def code(j: Expr) -> Expr:
+            byte = rows[i, j]
+            return cast(byte if dtype == "uint8" else tirx.reinterpret(byte, dtype="int8"), "int32")
+
+        largest, total = local(1, "int32"), local(1, "int32")
+        tirx.buffer_store(largest, literal(INTEGER_RANGES[dtype][0], "int32"), [0])
+        tirx.buffer_store(total, literal(0, "int32"), [0])
+        with tirx.serial(self.keys) as j:
+            tirx.buffer_store(largest, tirx.max(largest[0], code(j)), [0])
+        with tirx.serial(self.keys) as j:
+            tirx.buffer_store(rows, self.table[largest[0] - code(j)], [i, j])
+        with tirx.serial(self.keys) as j:
+            tirx.buffer_store(total, total[0] + cast(rows[i, j], "int32"), [0])
+        with tirx.serial(self.keys, self.padded_keys) as j:
+            tirx.buffer_store(rows, literal(0, "uint8"), [i, j])
+        tirx.buffer_store(sums, total[0], [i])
+
+    def _mix(
+        self, result: Buffer, at: Sequence[Expr], rows: Buffer, sums: Buffer, values: Packed, item: Expr, count: int
+    ) -> None:
+        tirx, dot, node = script(), self.dot, self.rule.normalize
+        lanes = dot.lanes
+        wide = "int32" if self.rule.narrow_reciprocal else "int64"
+        reciprocals = local(_ROWS, wide)
+        numerator = literal(node.integer("numerator"), "int64")
+        for i in range(_ROWS):
+            # Both are positive, where truncation is the floor.
+            quotient = import_tvm("tvm.tirx").truncdiv(numerator, cast(sums[i], "int64"))
+            tirx.buffer_store(reciprocals, cast(quotient, wide), [i])
+        panel = Panel(dot, rows, lambda row, k: [row, k], "uint8", values.groups * dot.group, _ROWS)
+        read = panel.fill(list(range(_ROWS)))
+        zero_right = values.zero_points(self.rule.product, "uint8")[1]
+        beyond = (values.groups * dot.group - self.keys) * dot.shift("uint8")
+        place = self._index(self.rule.result, item, count)
+        for first, tiles, width in even_runs(self.channel_vectors, dot.accumulators // _ROWS):
+            with tirx.serial(tiles) as tile:
+                vector = first + tile * width
+                totals = values.multiply(item, vector, width, read, _ROWS, zero_right, beyond)
+                for i, vectors in enumerate(totals):
+                    codes = [self._divided(v, reciprocals[i], lanes) for v in vectors]
+                    joined = join(codes, lanes)
+                    columns = self.channels - (first + (tiles - 1) * width) * lanes
+                    if columns >= width * lanes:
+                        sample, start = place(at[i], vector * lanes)
+                        tirx.buffer_store(result, joined, [sample, tirx.ramp(start, 1, width * lanes)])
+                        continue
+                    part = local(width * lanes, node.type.dtype)
+                    tirx.buffer_store(part, joined, [tirx.ramp(0, 1, width * lanes)])
+                    with tirx.serial(tirx.min(width * lanes, self.channels - vector * lanes)) as j:
+                        tirx.buffer_store(result, part[j], place(at[i], vector * lanes + j))
+
+    def _divided(self, sums: Expr, reciprocal: Expr, lanes: int) -> Expr:
+        tirx, node = script(), self.rule.normalize
+        factor = tirx.broadcast(reciprocal, lanes)
+        if self.rule.narrow_reciprocal:
+            return rescale(node, [(sums, factor)], lanes, narrow=True)
+        return saturate(shift_round(cast(sums, "int64", lanes) * factor, node.integer("shift"), lanes), node, lanes)

@@ -1,0 +1,187 @@
+"""What happens to a tile of int32 sums before it is stored: nothing, codes, codes through a table, a residual sum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from quantizers.integer.program import Node
+from tvm_backend.kernels.cpu.arithmetic import cast, literal, minus
+from tvm_backend.kernels.cpu.byte_table import WIDTH, by_unsigned_code, join, look_up
+from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, local, script
+from tvm_backend.kernels.cpu.rescale import rescale
+from tvm_backend.kernels.kernel import Array, Layout
+from tvm_backend.targets import CpuTarget
+
+
+@dataclass(frozen=True)
+class Rescale:
+    """The sums times a multiplier, as codes.
+
+    Args:
+        node: ``requantize``, or ``add`` where the sums are one of its operands.
+        multiplier: one entry, or one a column.
+        narrow: whether the result is proved to fit int32 before it is clipped.
+        addend: index of the kernel's operand that ``add`` adds, if it does.
+        addend_multiplier: one entry, or one a column.
+    """
+
+    node: Node
+    multiplier: Array = field(repr=False)
+    narrow: bool
+    addend: int | None = None
+    addend_multiplier: Array | None = field(default=None, repr=False)
+
+    @property
+    def zero_point(self) -> int:
+        """Zero point of the sums."""
+        if self.addend is None:
+            return self.node.integer("input_zero_point")
+        return self.node.integer("zero_point_a" if self._first else "zero_point_b")
+
+    @property
+    def addend_zero_point(self) -> int:
+        """Zero point of the operand that is added."""
+        return self.node.integer("zero_point_b" if self._first else "zero_point_a")
+
+    @property
+    def _first(self) -> bool:
+        return self.sums_first
+
+    #: Whether the sums are operand ``a`` of ``add``.
+    sums_first: bool = True
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """A chain of operators that alone read the sums.
+
+    Args:
+        rescale: None leaves the sums as they are.
+        table: 256 entries of int8 or uint8 that replace the codes.
+        dtype: element type of the result.
+    """
+
+    rescale: Rescale | None
+    table: Array | None = field(repr=False)
+    dtype: str
+
+
+class Finisher:
+    """An epilogue inside a kernel: its constants are arguments, and it turns rows of sums into rows of the result."""
+
+    def __init__(
+        self, epilogue: Epilogue, function: Function, count: int, padded: int, lanes: int, target: CpuTarget
+    ) -> None:
+        """Declare the arguments.
+
+        Args:
+            epilogue: what to do.
+            function: the kernel, open.
+            count: columns.
+            padded: columns, rounded up to whole tiles.
+            lanes: of a vector of sums.
+            target: decides how tables are read.
+        """
+        self._epilogue, self._count, self._lanes = epilogue, count, lanes
+        self._multiplier = self._addend = self._addend_multiplier = self._table = None
+        self._wide_table = target.byte_tables
+        rule = epilogue.rescale
+        if rule is not None:
+            self._multiplier = _column_constant(function, rule.multiplier, count, padded)
+            if rule.addend is not None:
+                assert rule.addend_multiplier is not None
+                self._addend = function.value(rule.addend, Layout.matrix(rule.node.type.shape))
+                self._addend_multiplier = _column_constant(function, rule.addend_multiplier, count, padded)
+        if epilogue.table is not None:
+            assert rule is not None
+            self._table = function.constant(by_unsigned_code(epilogue.table, rule.node.type.dtype))
+
+    def finish(self, result: Buffer, row: Expr, column: Expr, sums: Sequence[Expr], columns: int) -> None:
+        """Store one row of a tile.
+
+        Args:
+            result: int32, or of the epilogue's type.
+            row: row of the result.
+            column: first column of the tile.
+            sums: vectors of sums.
+            columns: how many columns exist, at least one of the last vector.
+        """
+        tirx, lanes = script(), self._lanes
+        values = [
+            self._codes(value, row, column + v * lanes, min(lanes, columns - v * lanes)) for v, value in enumerate(sums)
+        ]
+        width = len(values) * lanes
+        whole = columns == width
+        dtype = self._epilogue.dtype
+        if self._table is not None and self._wide_table and width <= WIDTH:
+            # Fewer codes than a lookup takes are repeated.
+            padding = [values[-1]] * (WIDTH // lanes - len(values))
+            codes = tirx.reinterpret(join([*values, *padding], lanes), dtype=f"int8x{WIDTH}")
+            entries = tirx.reinterpret(look_up(self._table, codes), dtype=f"{dtype}x{WIDTH}")
+            if whole and width == WIDTH:
+                tirx.buffer_store(result, entries, [row, tirx.ramp(column, 1, WIDTH)])
+                return
+            self._store_part(result, row, column, entries, WIDTH, columns)
+        elif self._table is not None:
+            codes = local(width, "uint8")
+            joined = join(values, lanes)
+            unsigned = joined if self._code_dtype == "uint8" else tirx.reinterpret(joined, dtype=f"uint8x{width}")
+            tirx.buffer_store(codes, unsigned, [tirx.ramp(0, 1, width)])
+            with tirx.serial(columns) as j:
+                tirx.buffer_store(result, self._table[cast(codes[j], "int32")], [row, column + j])
+        elif whole:
+            tirx.buffer_store(result, join(values, lanes), [row, tirx.ramp(column, 1, width)])
+        else:
+            self._store_part(result, row, column, join(values, lanes), width, columns)
+
+    @property
+    def _code_dtype(self) -> str:
+        rule = self._epilogue.rescale
+        return "int32" if rule is None else rule.node.type.dtype
+
+    def _store_part(self, result: Buffer, row: Expr, column: Expr, values: Expr, width: int, columns: int) -> None:
+        tirx = script()
+        part = local(width, self._epilogue.dtype)
+        tirx.buffer_store(part, values, [tirx.ramp(0, 1, width)])
+        with tirx.serial(columns) as j:
+            tirx.buffer_store(result, part[j], [row, column + j])
+
+    def _codes(self, sums: Expr, row: Expr, column: Expr, columns: int) -> Expr:
+        tirx, lanes, rule = script(), self._lanes, self._epilogue.rescale
+        if rule is None:
+            return sums
+        zero_point = rule.zero_point
+        centred = sums - literal(zero_point, "int32", lanes) if zero_point else sums
+        terms = [(centred, _vector(self._multiplier, column, lanes))]
+        if self._addend is not None:
+            if columns == lanes:
+                codes = cast(self._addend[row, tirx.ramp(column, 1, lanes)], "int32", lanes)
+            else:
+                part = local(lanes, "int32")
+                tirx.buffer_store(part, literal(0, "int32", lanes), [tirx.ramp(0, 1, lanes)])
+                with tirx.serial(columns) as j:
+                    tirx.buffer_store(part, cast(self._addend[row, column + j], "int32"), [j])
+                codes = part[tirx.ramp(0, 1, lanes)]
+            other = minus(codes, rule.addend_zero_point, "int32", lanes)
+            terms.append((other, _vector(self._addend_multiplier, column, lanes)))
+        return rescale(rule.node, terms, lanes, narrow=rule.narrow)
+
+
+def _column_constant(function: Function, array: Array, count: int, padded: int) -> Buffer | Expr:
+    """Return a constant of one entry as a number, else an argument with one entry a padded column."""
+    flat = array.reshape(-1)
+    if flat.size == 1 or bool((flat == flat[0]).all()):
+        return literal(int(flat[0]), "int32")
+    entries = np.zeros(padded, np.int32)
+    entries[:count] = np.broadcast_to(flat, (count,))
+    return function.constant(entries)
+
+
+def _vector(source: Buffer | Expr, column: Expr, lanes: int) -> Expr:
+    tirx = script()
+    if hasattr(source, "shape"):
+        return source[tirx.ramp(column, 1, lanes)]
+    return tirx.broadcast(source, lanes)

@@ -1,0 +1,253 @@
+"""Groups of operators that one kernel computes, found in a program before any kernel is written."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from quantizers.integer.bounds import Interval
+from quantizers.integer.program import IntegerProgram, Node
+from tvm_backend.kernels.cpu.attention import Attention
+from tvm_backend.kernels.cpu.epilogue import Epilogue, Rescale
+from tvm_backend.kernels.cpu.rescale import fits_int32
+from tvm_backend.strides import Strided, strided_source, strided_target
+
+VIEWS = ("reshape", "permute", "slice")
+_BYTES = ("int8", "uint8")
+_INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class FusedLinear:
+    """A linear and the operators that alone read it, one after the other.
+
+    Args:
+        linear: the first node.
+        last: the node whose value the kernel computes.
+        members: all nodes, first to last.
+        epilogue: what the kernel does to its sums.
+        addend: the value that the epilogue adds, if it adds one.
+    """
+
+    linear: Node
+    last: Node
+    members: tuple[Node, ...]
+    epilogue: Epilogue
+    addend: str | None
+
+
+@dataclass(frozen=True)
+class FusedAttention:
+    """The operators of an attention.
+
+    Args:
+        last: the node whose value the kernel computes.
+        members: all nodes, first to last.
+        rule: what the kernel computes.
+        operands: the values that hold queries, keys and values.
+    """
+
+    last: Node
+    members: tuple[Node, ...]
+    rule: Attention
+    operands: tuple[str, str, str]
+
+
+class Patterns:
+    """Looks for groups in one program.
+
+    Args:
+        program: verified.
+        bounds: of every value, as the verifier returned them.
+    """
+
+    def __init__(self, program: IntegerProgram, bounds: Mapping[str, Interval]) -> None:
+        self._program, self._bounds = program, bounds
+        self._nodes = {node.name: node for node in program.nodes}
+        self._types = program.types()
+        self._reads: Counter[str] = Counter(name for node in program.nodes for name in node.inputs)
+        self._reads.update(value for _, value in program.outputs)
+        self._readers: dict[str, Node] = {name: node for node in program.nodes for name in node.inputs}
+
+    def find(self) -> dict[str, FusedLinear | FusedAttention]:
+        """Return the groups by the name of their last node."""
+        found: dict[str, FusedLinear | FusedAttention] = {}
+        for node in self._program.nodes:
+            group: FusedLinear | FusedAttention | None = None
+            if node.op == "linear":
+                group = self._linear(node)
+            elif node.op == "normalize_rows":
+                group = self._attention(node)
+            if group is not None:
+                found[group.last.name] = group
+        return found
+
+    def _only_reader(self, node: Node) -> Node | None:
+        return self._readers.get(node.name) if self._reads[node.name] == 1 else None
+
+    def _producer(self, name: str, op: str, reads: int = 1) -> Node | None:
+        node = self._nodes.get(name)
+        return node if node is not None and node.op == op and self._reads[name] == reads else None
+
+    def _per_column(self, name: str) -> bool:
+        return math.prod(self._program.constants[name].shape[:-1]) == 1
+
+    # Linear ------------------------------------------------------------------------------------------
+
+    def _linear(self, linear: Node) -> FusedLinear | None:
+        constants, reader = self._program.constants, self._only_reader(linear)
+        if reader is None:
+            return None
+        if reader.op == "requantize" and self._per_column(reader.inputs[1]):
+            multiplier = constants[reader.inputs[1]]
+            zero_point, shift = reader.integer("input_zero_point"), reader.integer("shift")
+            # Taking a zero point off the sums must stay within int32 as well.
+            bounds = self._bounds[linear.name].minus(zero_point)
+            narrow = bounds.magnitude <= _INT32_MAX and fits_int32(
+                [(bounds, self._bounds[reader.inputs[1]])], shift, reader.integer("zero_point")
+            )
+            if not narrow and zero_point:
+                return None
+            rescale = Rescale(reader, multiplier, narrow)
+            follower = self._only_reader(reader)
+            if follower is not None and follower.op == "lookup" and reader.type.dtype in _BYTES:
+                table = constants[follower.inputs[1]]
+                if table.dtype.name in _BYTES:
+                    epilogue = Epilogue(rescale, table, table.dtype.name)
+                    return FusedLinear(linear, follower, (linear, reader, follower), epilogue, None)
+            return FusedLinear(linear, reader, (linear, reader), Epilogue(rescale, None, reader.type.dtype), None)
+        if reader.op == "add":
+            return self._residual(linear, reader)
+        return None
+
+    def _residual(self, linear: Node, add: Node) -> FusedLinear | None:
+        position = add.inputs.index(linear.name)
+        other = add.inputs[1 - position]
+        multipliers = add.inputs[2:]
+        if (
+            other in self._program.constants
+            or self._types[other].shape != add.type.shape
+            or linear.type.shape != add.type.shape
+            or not all(self._per_column(name) for name in multipliers)
+        ):
+            return None
+        zeros = [add.integer(key) for key in ("zero_point_a", "zero_point_b")]
+        centred = [self._bounds[name].minus(zero) for name, zero in zip(add.inputs[:2], zeros, strict=True)]
+        terms = list(zip(centred, (self._bounds[name] for name in multipliers), strict=True))
+        narrow = all(b.magnitude <= _INT32_MAX for b in centred) and fits_int32(
+            terms, add.integer("shift"), add.integer("zero_point")
+        )
+        if not narrow and any(zeros):
+            return None
+        constants = self._program.constants
+        rescale = Rescale(
+            add,
+            constants[multipliers[position]],
+            narrow,
+            addend=3,
+            addend_multiplier=constants[multipliers[1 - position]],
+            sums_first=position == 0,
+        )
+        return FusedLinear(linear, add, (linear, add), Epilogue(rescale, None, add.type.dtype), other)
+
+    # Attention ---------------------------------------------------------------------------------------
+
+    def _attention(self, normalize: Node) -> FusedAttention | None:
+        product = self._producer(normalize.inputs[0], "matmul")
+        total = self._producer(normalize.inputs[1], "row_sum")
+        if product is None or total is None or product.integer("transpose_b"):
+            return None
+        exponentials = self._producer(product.inputs[0], "exponentials", reads=2)
+        if exponentials is None or total.inputs[0] != exponentials.name or product.integer("zero_point_a"):
+            return None
+        rescale = self._producer(exponentials.inputs[0], "requantize")
+        scores = self._producer(rescale.inputs[0], "matmul") if rescale is not None else None
+        if rescale is None or scores is None or not scores.integer("transpose_b"):
+            return None
+        inner = (scores, rescale, exponentials, total, product, normalize)
+        names = (*scores.inputs, product.inputs[1])
+        types = [self._types[name] for name in names]
+        constants = self._program.constants
+        multiplier = constants[rescale.inputs[1]]
+        if (
+            any(kind.dtype not in _BYTES for kind in types)
+            or any(name in constants for name in names)
+            or math.prod(multiplier.shape[-2:]) != 1
+            or rescale.type.dtype not in _BYTES
+            or not all(self._terms_fit(node) for node in (scores, product))
+        ):
+            return None
+        views = [self._source(name) for name in names]
+        chain = tuple(self._views_of(normalize))
+        while chain and (target := strided_target(chain, normalize.type.shape)) is None:
+            chain = chain[:-1]
+        target = strided_target(chain, normalize.type.shape)
+        assert target is not None
+        if target.strides[-1] != 1 and normalize.type.shape[-1] > 1:
+            chain, target = (), strided_target((), normalize.type.shape)
+            assert target is not None
+        numerator, smallest = normalize.integer("numerator"), self._bounds[total.name].low
+        zero_point = rescale.integer("input_zero_point")
+        score_bounds = self._bounds[scores.name].minus(zero_point)
+        narrow = score_bounds.magnitude <= _INT32_MAX and fits_int32(
+            [(score_bounds, self._bounds[rescale.inputs[1]])],
+            rescale.integer("shift"),
+            rescale.integer("zero_point"),
+        )
+        quotient = numerator // smallest
+        reach = numerator * -(-self._bounds[product.name].magnitude // self._bounds[total.name].high)
+        shift = normalize.integer("shift")
+        narrow_reciprocal = (
+            quotient <= _INT32_MAX
+            and ((reach + (1 << (shift - 1))) >> shift) + abs(normalize.integer("zero_point")) + 1 <= _INT32_MAX
+        )
+        if not narrow and zero_point:
+            return None
+        last = chain[-1] if chain else normalize
+        rule = Attention(
+            scores=scores,
+            rescale=rescale,
+            multiplier=multiplier,
+            narrow=narrow,
+            table=constants[exponentials.inputs[1]],
+            product=product,
+            normalize=normalize,
+            narrow_reciprocal=narrow_reciprocal,
+            query=views[0][1],
+            key=views[1][1],
+            value=views[2][1],
+            result=target,
+            result_node=last,
+            depth=types[0].shape[-1],
+        )
+        query, key, value = (name for name, _ in views)
+        return FusedAttention(last, (*inner, *chain), rule, (query, key, value))
+
+    def _terms_fit(self, node: Node) -> bool:
+        """Whether the terms that zero points add to a product fit int32; the verifier bounds the product only."""
+        depth = self._types[node.inputs[0]].shape[-1]
+        left, right = abs(node.integer("zero_point_a")) + 128, abs(node.integer("zero_point_b")) + 128
+        return depth * (255 + left) * (128 + right) <= _INT32_MAX
+
+    def _source(self, name: str) -> tuple[str, Strided]:
+        """Return the value that a chain of views starts from and the strides in it."""
+        chain: list[Node] = []
+        base = name
+        while (node := self._nodes.get(base)) is not None and node.op in VIEWS:
+            chain.insert(0, node)
+            base = node.inputs[0]
+        if chain and base not in self._program.constants:
+            view = strided_source(chain, self._types[base].shape)
+            if view is not None and (view.strides[-1] == 1 or self._types[name].shape[-1] == 1):
+                return base, view
+        natural = strided_source((), self._types[name].shape)
+        assert natural is not None
+        return name, natural
+
+    def _views_of(self, node: Node) -> Iterator[Node]:
+        reader = self._only_reader(node)
+        while reader is not None and reader.op in VIEWS:
+            yield reader
+            reader = self._only_reader(reader)
