@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -138,6 +139,8 @@ def _run(networks: tuple[str, ...], plan: Plan, output: Path, keep: Path | None)
     }
     work = Path(tempfile.mkdtemp(prefix="bench-cpu-")) if keep is None else keep
     work.mkdir(parents=True, exist_ok=True)
+    # An ended run takes its models and its workers along.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         for name in networks:
             try:

@@ -157,7 +157,8 @@ def _prepare(network: str, plan: Plan, files: Files) -> dict[str, Any]:
         "steps": steps_of(plan.engines),
     }
     command = [sys.executable, "-m", "cpu_comparison.prepare", json.dumps(arguments)]
-    env = environment(max(plan.threads), files.folder.parent / "inductor")
+    # Nothing is timed to the millisecond here, and threads that spin crawl on a machine that does other work as well.
+    env = environment(max(plan.threads), files.folder.parent / "inductor") | {"OMP_WAIT_POLICY": "passive"}
     worker = Worker(f"preparing {network}", command, env, files.folder / "prepare.log")
     worker.stop()
     return worker.first
