@@ -8,6 +8,10 @@ from typing import Any
 from .comparison import cell_title
 from .engines import ENGINES, OURS
 from .kernels import by_kind, floor_ms
+from .processes import MOST_FOREIGN_LOAD
+
+#: Share of disturbed turns from which on a reader has to know.
+WORTH_A_WARNING = 0.1
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -27,7 +31,7 @@ def markdown(results: dict[str, Any]) -> str:
         "Milliseconds a call, in brackets the median ratio to ours in the same round.",
         times_table(networks, settings["engines"]),
     ]
-    parts += [text for text in (faster_peers(networks), left_out(networks)) if text]
+    parts += [text for text in (disturbances(networks), faster_peers(networks), left_out(networks)) if text]
     if OURS in settings["engines"]:
         parts.append(footprint_table(networks))
         parts += [text for text in kernel_tables(networks) if text]
@@ -42,6 +46,22 @@ def times_table(networks: dict[str, dict[str, Any]], engines: Sequence[str]) -> 
             row = [network["title"], str(cell["batch"]), str(cell["threads"])]
             rows.append(row + [_time(engine, cell["engines"][engine]) for engine in engines])
     return table(["network", "batch", "threads", *(ENGINES[engine].title for engine in engines)], rows)
+
+
+def disturbances(networks: dict[str, dict[str, Any]]) -> str:
+    """Return the cells in which other processes kept disturbing turns; empty if the machine was quiet."""
+    lines = []
+    for network in networks.values():
+        for cell in network["cells"]:
+            turns = [turn for state in cell["engines"].values() for turn in state.get("turns", [])]
+            loud = [turn["foreign"] for turn in turns if turn["foreign"] > MOST_FOREIGN_LOAD]
+            if len(loud) > WORTH_A_WARNING * len(turns):
+                lines.append(
+                    f"- {cell_title(network['title'], cell)}: {len(loud)} of {len(turns)} turns, during which others "
+                    f"used {sum(loud) / len(loud):.2f} processors on average"
+                )
+    head = "**Other processes kept this machine busy; do not trust these cells:**"
+    return "\n".join([head, "", *lines]) if lines else ""
 
 
 def faster_peers(networks: dict[str, dict[str, Any]]) -> str:

@@ -94,6 +94,17 @@ def test_nothing_is_listed_where_ours_is_ahead_and_all_were_timed() -> None:
     assert "Without a time" not in text
 
 
+def test_a_busy_machine_is_said_before_anything_else() -> None:
+    results = copy.deepcopy(RESULTS)
+    ours = results["networks"]["deit-s"]["cells"][0]["engines"][OURS]
+    ours["turns"] = [{"foreign": foreign} for foreign in [0.01] * 18 + [0.4, 0.6]]
+    assert "do not trust" not in markdown(results)
+    ours["turns"].append({"foreign": 0.5})
+    text = markdown(results)
+    assert "- DeiT-S, batch 1, 2 threads: 3 of 21 turns, during which others used 0.50 processors on average" in text
+    assert text.index("do not trust") < text.index("Another engine is faster")
+
+
 def test_the_kernels_have_shares_and_a_floor() -> None:
     linear, norm = sorted(by_kind(KERNELS, 1e11), key=lambda kind: kind.kernel)
     assert (linear.calls, linear.ms, linear.share) == (3, 2.0, 0.5)
