@@ -21,6 +21,9 @@ from quantizers.integer import ivit
 from quantizers.integer.interpret_ivit import normalize, shift_gelu, shiftmax
 from quantizers.uniform import UniformQParams
 
+#: Operators of the graph that have a published form.
+PUBLISHED_OPERATORS = ("softmax", "unary", "layer_norm", "add")
+
 
 def reading_formats(graph: Graph, formats: Mapping[Edge, QParams], value: str) -> set[UniformQParams]:
     """Return the formats in which a value is read, behind views, scalings and concatenations, as it has them itself."""

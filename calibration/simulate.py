@@ -5,14 +5,14 @@ Where the recipe asks for the published forms of I-ViT, they are computed as in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from calibration.engine import Calibrated, QParams
 from calibration.graph import Operation, execute
-from calibration.published import published_executors
+from calibration.published import PUBLISHED_OPERATORS, published_executors
 from calibration.sites import OUTPUT
 from quantizers.row_relative import RowRelativeQParams, fake_quantize_rows
 from quantizers.shiftmax import ShiftmaxQParams, cut_off
@@ -20,12 +20,16 @@ from quantizers.uniform import fake_quantize
 
 
 @torch.no_grad()
-def simulate(calibrated: Calibrated, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def simulate(
+    calibrated: Calibrated, inputs: Sequence[Tensor], published: Collection[str] = PUBLISHED_OPERATORS
+) -> tuple[Tensor, ...]:
     """Run the simulation.
 
     Args:
         calibrated: a graph with formats.
         inputs: float32 tensors ``(batch, *shape)``.
+        published: the operators that take their published form where the recipe asks for it; all by default. The others
+            are float functions of fake-quantized values, so that one operator's share of a loss can be told.
 
     Returns:
         One float32 tensor for each output.
@@ -46,8 +50,8 @@ def simulate(calibrated: Calibrated, inputs: Sequence[Tensor]) -> tuple[Tensor, 
             return cache[name]
         return apply(qparams, value)
 
-    published = calibrated.recipe.nonlinear == "published"
-    executors = published_executors(calibrated.graph, formats) if published else None
+    executors = published_executors(calibrated.graph, formats) if calibrated.recipe.nonlinear == "published" else {}
+    executors = {operator: executor for operator, executor in executors.items() if operator in published}
     results = execute(calibrated.graph, inputs, on_edge, executors)
     return tuple(
         apply(formats[OUTPUT, index], result) if (OUTPUT, index) in formats else result

@@ -17,6 +17,7 @@ from calibration.engine import Calibrated, calibrate
 from calibration.graph import Graph, execute
 from calibration.integerize import integerize
 from calibration.integerize.published import i_layer_norm_constants
+from calibration.published import PUBLISHED_OPERATORS, published_executors
 from calibration.rules import Recipe, Rule
 from calibration.serialize import calibrated_from_bytes, calibrated_to_bytes
 from calibration.simulate import simulate
@@ -64,6 +65,18 @@ def test_integers_are_as_good_as_the_simulation(name: str) -> None:
     (integers,) = interpret(integerize(result), x)
     assert relative(integers, simulated) < 0.7 * relative(simulated, exact)
     assert relative(integers, exact) < 1.3 * relative(simulated, exact)
+
+
+def test_each_operators_share_can_be_told() -> None:
+    """With one published operator the result differs from that with none, and from that with all."""
+    result, x = calibrated("vit", IVIT), images("vit", 4, seed=5)
+    none, every = simulate(result, (x,), ())[0], simulate(result, (x,))[0]
+    assert torch.equal(simulate(result, (x,), PUBLISHED_OPERATORS)[0], every)
+    assert set(published_executors(result.graph, result.by_edge())) == set(PUBLISHED_OPERATORS)
+    for operator in PUBLISHED_OPERATORS:
+        alone = simulate(result, (x,), (operator,))[0]
+        assert not torch.equal(alone, none)
+        assert not torch.equal(alone, every)
 
 
 @pytest.mark.parametrize("bits", [8, 16])
