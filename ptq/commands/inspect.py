@@ -63,5 +63,7 @@ def _regime_lines(regimes: Sequence[Mapping[str, Any]]) -> list[str]:
         first = nodes[0]
         effect = "changes results" if first["changes_result"] else "results stay right"
         lines.append(f"{kind} ({effect}; {len(nodes)} nodes): {first['summary']}; {first['advice']}")
-        lines += [f"  {regime['source'] or regime['node']}: {regime['detail']}" for regime in nodes]
+        for detail in dict.fromkeys(regime["detail"] for regime in nodes):
+            places = [regime["source"] or regime["node"] for regime in nodes if regime["detail"] == detail]
+            lines.append(f"  {', '.join(places)}: {detail}")
     return lines

@@ -26,6 +26,8 @@ from quantizers.integer.verify import verify
 
 #: Share of the right value below which a flat row of probabilities, or the sigmoid of a large value, is reported.
 REPORTED_SHARE = 0.95
+#: Error of the sigmoid of a row's lowest code from which it is reported: four of its codes.
+_SIGMOID_TOLERANCE = 1 / 32
 #: Relative error of a square root from which it is reported.
 _ROOT_TOLERANCE = 1.02
 
@@ -54,7 +56,7 @@ REGIMES: Mapping[str, RegimeKind] = MappingProxyType(
             changes_result=True,
         ),
         "gelu_maximum": RegimeKind(
-            "a large row maximum leaves elements far below it a sigmoid of one half",
+            "beside a large row maximum, elements far below it get a sigmoid that is not small, in the end one half",
             "use 'nonlinear: corrected'",
             changes_result=True,
         ),
@@ -75,12 +77,12 @@ REGIMES: Mapping[str, RegimeKind] = MappingProxyType(
         ),
         "int32_bias": RegimeKind(
             "beta / gamma leaves int32 in I-LayerNorm; it is held in 64 bits here",
-            "nothing; for other implementations of the published form use 'nonlinear: corrected'",
+            "no change is needed here; implementations in int32 need 'nonlinear: corrected'",
             changes_result=False,
         ),
         "int32_squares": RegimeKind(
             "the sum of squares can leave int32 in I-LayerNorm; it is computed in 64 bits here",
-            "nothing; for other implementations of the published form keep int64 sums",
+            "no change is needed here; implementations in int32 need wider sums",
             changes_result=False,
         ),
     }
@@ -145,15 +147,15 @@ def _shift_gelu(node: Node, _program: IntegerProgram, _x: TensorType, interval: 
         return ((above * (RECIPROCAL // min(above + rest, RECIPROCAL))) >> cut) / one
 
     found = {}
-    # The first row maximum whose distance to zero is beyond the window.
-    limit = next((m for m in range(top + 1) if (-m >> 4) - (-m >> 1) + m > window * inverse), None)
+    lowest = _sigmoid(bottom / inverse)
+    limit = next((m for m in range(max(bottom, 0), top + 1) if sigmoid(bottom, m) > lowest + _SIGMOID_TOLERANCE), None)
     if limit is not None:
         value = limit / (SIGMOID_SLOPE * inverse)
         found["gelu_maximum"] = (
             f"from a row maximum of {limit} (about {value:.1f}) on, and codes reach {top}: "
-            f"the sigmoid of {bottom} is then {sigmoid(bottom, top):.3f}, not 0"
+            f"the sigmoid of {bottom} is then up to {sigmoid(bottom, top):.3f}, not {lowest:.3f}"
         )
-    if top > 0 and limit is None and sigmoid(top, top) < REPORTED_SHARE * _sigmoid(top / inverse):
+    if top > 0 and sigmoid(top, top) < REPORTED_SHARE * _sigmoid(top / inverse):
         found["gelu_resolution"] = (
             f"the sigmoid of the largest code is {sigmoid(top, top):.3f}, not {_sigmoid(top / inverse):.3f}"
         )

@@ -100,7 +100,7 @@ def test_inspect_prints_both(workspace: Path, capsys: pytest.CaptureFixture[str]
     text = capsys.readouterr().out
     assert "integer form" in text
     assert "int32_squares (results stay right; 3 nodes)" in text
-    assert "  blocks.0.norm1: for rows that deviate by more than" in text
+    assert "  blocks.0.norm1, blocks.0.norm2, norm: for rows that deviate by more than" in text
 
 
 def test_onnx_is_refused_with_advice(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
