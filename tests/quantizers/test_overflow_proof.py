@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.programs import ProgramBuilder, random_block, saturate
+from support.published_programs import random_published_block
 
 from quantizers.errors import ProgramError
 from quantizers.integer.bounds import Interval
@@ -25,6 +26,16 @@ blocks = st.builds(
     head_dim=st.integers(1, 9),
     channels=st.integers(1, 3),
     patch=st.integers(1, 3),
+)
+
+
+published_blocks = st.builds(
+    random_published_block,
+    st.integers(0, 10**6),
+    tokens=st.integers(1, 6),
+    heads=st.integers(1, 3),
+    head_dim=st.integers(1, 9),
+    bits=st.sampled_from([8, 16]),
 )
 
 
@@ -55,8 +66,8 @@ def assert_within_bounds(program: IntegerProgram, *inputs: torch.Tensor) -> None
         assert type_low <= interval.low <= interval.high <= type_high
 
 
-@given(program=blocks, seed=st.integers(0, 10**6))
-@settings(max_examples=60, deadline=None)
+@given(program=st.one_of(blocks, published_blocks), seed=st.integers(0, 10**6))
+@settings(max_examples=120, deadline=None)
 def test_values_of_random_programs_lie_within_their_bounds(program: IntegerProgram, seed: int) -> None:
     assert_within_bounds(program, extreme_images(program, seed))
 

@@ -40,7 +40,8 @@ def random_published_block(
         # Two bits less than a multiplier could have, for biases two bits beyond int32.
         weight, shift = weight >> 2, shift - 2
         # Quotients of beta and gamma, some of them beyond int32.
-        bias = np.rint(rng.normal(0, 2.0**29, width) * rng.choice([1, 1, 1, 8], width)).astype(np.int64)
+        bias = np.rint(rng.normal(0, 2.0**29, width) * rng.choice([1, 1, 1, 8], width))
+        bias = bias.clip(-(2.0**32), 2.0**32).astype(np.int64)
         start = int(rng.choice([-1, 0, 5, 16]))
         return b.node(
             "i_layer_norm",
