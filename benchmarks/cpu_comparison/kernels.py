@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -18,17 +18,15 @@ def profile_kernels(program: Any, images: Any, rounds: int) -> dict[str, Any]:
         rounds: runs of each kernel.
 
     Returns:
-        ``kernels``: name, kernel, shape, calls, macs, median_ms of each; ``peak``: multiply-adds a second; or
+        ``kernels``: kernel, shape, calls, and macs and median_ms of all calls; ``peak``: multiply-adds a second; or
         ``problem``: why there are none.
     """
     if importlib.util.find_spec("tvm_backend.profile") is None:
         return {"problem": "this version of the engine has no profile of its kernels (tvm_backend.profile)"}
-    from tvm_backend.profile import int8_peak, profile  # noqa: PLC0415 - may not exist, and other workers need no TVM
+    from tvm_backend.profile import int8_peak, profile  # noqa: PLC0415 - other workers need no TVM
 
-    names = ("name", "kernel", "shape", "calls", "macs", "median_ms")
-    times = profile(program, (images,), rounds)
-    kernels = [{name: getattr(kernel, name) for name in names} for kernel in times]
-    return {"kernels": kernels, "peak": float(int8_peak(program.bundle.target, program.threads))}
+    kernels = [asdict(kernel) for kernel in profile(program, images, rounds=rounds)]
+    return {"kernels": kernels, "peak": int8_peak(program.bundle.target, program.threads)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +54,17 @@ def by_kind(kernels: Sequence[dict[str, Any]], peak: float) -> list[KernelKind]:
     """Sum over kernels of a kind, the longest first.
 
     Args:
-        kernels: see :func:`profile_kernels`; ``median_ms`` and ``macs`` are those of one call.
+        kernels: see :func:`profile_kernels`.
         peak: multiply-adds a second.
     """
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for kernel in kernels:
         groups[kernel["kernel"]].append(kernel)
-    total = sum(kernel["calls"] * kernel["median_ms"] for kernel in kernels)
+    total = sum(kernel["median_ms"] for kernel in kernels)
     found = []
     for kind, members in groups.items():
-        ms = sum(member["calls"] * member["median_ms"] for member in members)
-        macs = sum(member["calls"] * member["macs"] for member in members)
+        ms = sum(member["median_ms"] for member in members)
+        macs = sum(member["macs"] for member in members)
         calls = sum(member["calls"] for member in members)
         found.append(KernelKind(kind, calls, ms, ms / total, macs, 1000 * macs / ms / peak))
     return sorted(found, key=lambda kind: -kind.ms)
@@ -74,5 +72,5 @@ def by_kind(kernels: Sequence[dict[str, Any]], peak: float) -> list[KernelKind]:
 
 def floor_ms(kernels: Sequence[dict[str, Any]], peak: float) -> float:
     """Return what the matrix products alone would take at the peak, milliseconds."""
-    macs: int = sum(kernel["calls"] * kernel["macs"] for kernel in kernels)
+    macs: int = sum(kernel["macs"] for kernel in kernels)
     return 1000 * macs / peak

@@ -84,7 +84,7 @@ def left_out(networks: dict[str, dict[str, Any]]) -> str:
             place = f"{title} {cell['batch']}/{cell['threads']}"
             where.setdefault((ENGINES[engine].title, state["status"], state["reason"]), []).append(place)
     lines = [
-        f"- {engine}: {status}: {reason.splitlines()[0]} ({', '.join(places)})"
+        f"- {engine}: {status}: {_brief(reason)} ({', '.join(places)})"
         for (engine, status, reason), places in where.items()
     ]
     return "\n".join(["Without a time (network batch/threads):", "", *lines]) if lines else ""
@@ -139,7 +139,7 @@ def kernel_tables(networks: dict[str, dict[str, Any]]) -> Iterator[str]:
             if profile is None:
                 continue
             if "problem" in profile:
-                problems.add(profile["problem"].splitlines()[0])
+                problems.add(_brief(profile["problem"]))
                 continue
             yield _kernel_table(network["title"], cell, profile)
     yield from (f"No kernel table: {problem}." for problem in sorted(problems))
@@ -174,6 +174,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _brief(message: str) -> str:
+    """First line, and of a worker's log the last, which is what the exception said."""
+    first, *rest = message.splitlines() or [""]
+    return f"{first} {rest[-1]}" if rest else first
 
 
 def _time(engine: str, state: dict[str, Any]) -> str:
