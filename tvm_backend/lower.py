@@ -14,10 +14,12 @@ from quantizers.integer.program import IntegerProgram
 from quantizers.integer.verify import verify
 from tvm_backend import schedule
 from tvm_backend.imports import import_tvm
+from tvm_backend.kernels.cpu.dot import DOTS
 from tvm_backend.kernels.kernel import Argument, Array, Layout
 from tvm_backend.plan import Plan, Step, plan
 from tvm_backend.schedule import ARENA, CONSTANT, INPUT, Call, Lifetime, Schedule
 from tvm_backend.targets import CpuTarget
+from tvm_backend.unsigned import unsigned_activations
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,11 @@ def lower(program: IntegerProgram, target: CpuTarget) -> Lowered:
     Raises:
         ProgramError: the program breaks a rule of the contract.
     """
-    return _Writer(program, plan(program, target, verify(program))).run()
+    bounds = verify(program)
+    if DOTS[target.dot].left == "uint8":
+        program = unsigned_activations(program)
+        bounds = verify(program)
+    return _Writer(program, plan(program, target, bounds)).run()
 
 
 class _ConstantPool:

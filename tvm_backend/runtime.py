@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ class CompiledProgram:
             path = Path(scratch) / LIBRARY
             path.write_bytes(bundle.library)
             self._library = runtime.load_module(str(path))
-        self._constants = [_aligned(array) for array in bundle.constants]
+        self._constants = [aligned(array) for array in bundle.constants]
         self._prepared: dict[int, _Prepared] = {}
         self._arena: Array = np.empty(0, np.uint8)
 
@@ -85,12 +86,7 @@ class CompiledProgram:
         Raises:
             DataError: wrong count, shape or dtype of inputs, or values that are not finite.
         """
-        arrays = [np.asarray(array) for array in inputs]
-        check_inputs(self.bundle.inputs, [(array.shape, array.dtype.name) for array in arrays])
-        for (name, _), array in zip(self.bundle.inputs, arrays, strict=True):
-            check_finite(name, finite=_is_finite(array))
-        # TVM's pool belongs to the calling thread and another program may have set it since.
-        set_threads(self.threads)
+        arrays = self._checked(inputs)
         with self._running:
             prepared = self._prepare(len(arrays[0]))
             self._set_inputs(prepared, arrays)
@@ -98,8 +94,31 @@ class CompiledProgram:
                 function(*arguments)
             return tuple(output.copy() for output in prepared.outputs)
 
+    def time_calls(self, *inputs: npt.NDArray[np.float32]) -> list[float]:
+        """Run the program and return the seconds that each call of its schedule took."""
+        arrays = self._checked(inputs)
+        seconds = []
+        with self._running:
+            prepared = self._prepare(len(arrays[0]))
+            self._set_inputs(prepared, arrays)
+            for function, arguments in prepared.calls:
+                started = time.perf_counter()
+                function(*arguments)
+                seconds.append(time.perf_counter() - started)
+        return seconds
+
+    def _checked(self, inputs: Sequence[Array]) -> list[Array]:
+        arrays = [np.asarray(array) for array in inputs]
+        check_inputs(self.bundle.inputs, [(array.shape, array.dtype.name) for array in arrays])
+        for (name, _), array in zip(self.bundle.inputs, arrays, strict=True):
+            check_finite(name, finite=bool(np.isfinite(array).all()))
+        # TVM's pool belongs to the calling thread and another program may have set it since.
+        set_threads(self.threads)
+        return arrays
+
     def _set_inputs(self, prepared: _Prepared, arrays: Sequence[Array]) -> None:
-        placed = [_aligned(array) for array in arrays]
+        # Images are read where they lie: the code that quantizes them expects no alignment.
+        placed = [array if _is_plain(array) else array.copy() for array in arrays]
         for call, position, index, shape in prepared.inputs:
             prepared.calls[call][1][position] = self._tensor(placed[index].reshape(shape))
 
@@ -150,11 +169,6 @@ def load(directory: Path | str, threads: int | None = None) -> CompiledProgram:
     return CompiledProgram(load_bundle(directory), threads)
 
 
-def _is_finite(array: Array) -> bool:
-    # The extremes say it without an array of truth values: a NaN is the largest and the smallest of all.
-    return bool(np.isfinite(array.max()) and np.isfinite(array.min()))
-
-
 def _empty(size: int) -> Array:
     """Return bytes that start on a cache line."""
     raw = np.empty(size + ALIGNMENT, np.uint8)
@@ -162,9 +176,14 @@ def _empty(size: int) -> Array:
     return raw[start : start + size]
 
 
-def _aligned(array: Array) -> Array:
+def _is_plain(array: Array) -> bool:
+    """Whether an array's elements are in order, and it can be lent out: a read-only array cannot."""
+    return array.flags.c_contiguous and array.flags.writeable
+
+
+def aligned(array: Array) -> Array:
     """Return an array whose elements are in order and start on a cache line: itself, or a copy."""
-    if array.flags.c_contiguous and array.flags.writeable and array.ctypes.data % ALIGNMENT == 0:
+    if _is_plain(array) and array.ctypes.data % ALIGNMENT == 0:
         return array
     copy = _empty(array.nbytes).view(array.dtype).reshape(array.shape)
     np.copyto(copy, array)

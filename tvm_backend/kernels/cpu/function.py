@@ -11,6 +11,7 @@ import numpy as np
 from quantizers.integer.program import Node
 from tvm_backend.imports import import_tvm
 from tvm_backend.kernels.kernel import Argument, Array, Kernel, Layout, Operand
+from tvm_backend.schedule import ALIGNMENT
 
 Expr = Any
 Buffer = Any
@@ -68,7 +69,9 @@ class Function:
         else:
             rows = self._extent(f"m{index}")
         self._arguments.append(Argument(index, layout))
-        return self._argument((rows, *layout.tail), operand.type.dtype)
+        # Images come from the caller, who knows nothing of cache lines.
+        alignment = 4 if operand.type.dtype == "float32" else ALIGNMENT
+        return self._argument((rows, *layout.tail), operand.type.dtype, alignment)
 
     def constant(self, array: Array) -> Buffer:
         """Declare a prepared constant as an argument."""
@@ -76,8 +79,9 @@ class Function:
         self._arguments.append(contiguous)
         return self._argument(contiguous.shape, contiguous.dtype.name)
 
-    def _argument(self, shape: Sequence[Expr], dtype: str) -> Buffer:
-        return script().arg(f"a{len(self._arguments)}", script().Buffer(tuple(shape), dtype))
+    def _argument(self, shape: Sequence[Expr], dtype: str, alignment: int = ALIGNMENT) -> Buffer:
+        buffer = script().Buffer(tuple(shape), dtype, align=alignment)
+        return script().arg(f"a{len(self._arguments)}", buffer)
 
     def result(self) -> Buffer:
         """Declare the result, after all other arguments."""

@@ -6,7 +6,7 @@ The products need 64 bits but the result needs 32. So the even and the odd lanes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from quantizers.integer.bounds import Interval
 from quantizers.integer.program import Node
@@ -46,10 +46,10 @@ def rescale(node: Node, terms: Sequence[tuple[Expr, Expr]], lanes: int, *, narro
             total = product if total is None else total + product
         return saturate(shift_round(total, shift, lanes), node, lanes)
     half = lanes // 2
-    even = odd = literal(1 << (shift - 1), "int64", half)
-    for x, multiplier in terms:
-        even = even + _even(x, half) * _even(multiplier, half)
-        odd = odd + _odd(x, half) * _odd(multiplier, half)
+    even, odd = (_sum(part, terms, half) for part in (_even, _odd))
+    if shift <= 32:
+        rounding = literal(1 << (shift - 1), "int64", half)
+        even, odd = even + rounding, odd + rounding
     low = literal(_LOW_HALF, "int64", half)
     high = literal(-(_LOW_HALF + 1), "int64", half)
     if shift > 32:
@@ -61,7 +61,9 @@ def rescale(node: Node, terms: Sequence[tuple[Expr, Expr]], lanes: int, *, narro
         odd = tirx.bitwise_and(odd, high)
     codes = tirx.reinterpret(tirx.bitwise_or(even, odd), dtype=f"int32x{lanes}")
     if shift > 32:
-        codes = tirx.shift_right(codes, literal(shift - 32, "int32", lanes))
+        # Half a unit has no bits in the lower word, so it is added to the upper one.
+        rounded = codes + literal(1 << (shift - 33), "int32", lanes)
+        codes = tirx.shift_right(rounded, literal(shift - 32, "int32", lanes))
     return clip(codes, node, lanes)
 
 
@@ -72,6 +74,12 @@ def clip(codes: Expr, node: Node, lanes: int) -> Expr:
     shifted = codes + literal(zero_point, "int32", lanes) if zero_point else codes
     clipped = tirx.max(tirx.min(shifted, literal(qmax, "int32", lanes)), literal(qmin, "int32", lanes))
     return cast(clipped, node.type.dtype, lanes)
+
+
+def _sum(part: Callable[[Expr, int], Expr], terms: Sequence[tuple[Expr, Expr]], half: int) -> Expr:
+    """Add the products of the even or of the odd lanes."""
+    products = [part(x, half) * part(multiplier, half) for x, multiplier in terms]
+    return sum(products[1:], start=products[0])
 
 
 def _even(vector: Expr, half: int) -> Expr:
