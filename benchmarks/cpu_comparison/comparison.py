@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from .engines import ENGINES, OURS, steps_of
 from .files import Files
 from .networks import NETWORKS
-from .processes import Worker, WorkerError, environment, start_engine, take_rounds
+from .processes import Worker, WorkerError, ask_undisturbed, environment, start_engine, take_rounds
 from .ratios import ratios, round_values, spread
 
 FOOTPRINT_STARTS = 5
@@ -120,7 +120,7 @@ def compare_cell(
         turns = take_rounds(workers, plan.rounds, plan.warm_ms, plan.time_ms)
         for worker in workers:
             if worker.name == OURS:
-                cell["kernels"] = _profile(worker, plan.rounds)
+                cell["kernels"] = _profile(worker, workers, plan.rounds)
     for name, rounds in turns.items():
         cell["engines"][name].update(turns=rounds, ms=spread(round_values(rounds)).to_dict())
     if OURS in turns:
@@ -179,13 +179,11 @@ def _start(
     return None, {"status": event, **message}
 
 
-def _profile(worker: Worker, rounds: int) -> dict[str, Any]:
+def _profile(worker: Worker, workers: Sequence[Worker], rounds: int) -> dict[str, Any]:
     try:
-        reply = worker.ask({"event": "profile", "rounds": rounds})
+        return ask_undisturbed(worker, workers, {"event": "profile", "rounds": rounds})
     except WorkerError as error:
         return {"problem": str(error)}
-    del reply["event"]
-    return reply
 
 
 def _footprint(files: Files, batch: int, threads: int) -> dict[str, Any]:

@@ -133,26 +133,40 @@ def take_rounds(
         For each worker's name one turn a round: ``ms``, ``busy``, ``foreign`` (processors used by others) and
         ``settled_ms`` (how long the turn before went on using the processor).
     """
+    message = {"event": "turn", "warm_ms": warm_ms, "time_ms": time_ms}
     turns: dict[str, list[dict[str, Any]]] = {worker.name: [] for worker in workers}
     order = random.Random(0)  # noqa: S311 - an order, not a secret
     for _ in range(rounds):
         for worker in order.sample(list(workers), len(workers)):
-            turns[worker.name].append(_undisturbed_turn(worker, workers, warm_ms, time_ms))
+            turns[worker.name].append(ask_undisturbed(worker, workers, message))
     return turns
 
 
-def _undisturbed_turn(worker: Worker, workers: Sequence[Worker], warm_ms: float, time_ms: float) -> dict[str, Any]:
+def ask_undisturbed(worker: Worker, workers: Sequence[Worker], message: Mapping[str, Any]) -> dict[str, Any]:
+    """Send a command once all workers have come to rest, and again where other processes disturbed it.
+
+    Args:
+        worker: whom to ask.
+        workers: all, the asked one included.
+        message: the command.
+
+    Returns:
+        The reply to the least disturbed one, with ``foreign`` and ``settled_ms`` as in :func:`take_rounds`.
+
+    Raises:
+        WorkerError: there is none.
+    """
     best: dict[str, Any] = {}
     for _ in range(1 + MOST_REPEATS):
         settled = wait_until_idle([other.process_id for other in workers])
         own = frozenset({worker.process_id, os.getpid()})
         before, started = others_seconds(own), time.perf_counter()
-        turn = worker.ask({"event": "turn", "warm_ms": warm_ms, "time_ms": time_ms})
+        reply = worker.ask(message)
         foreign = spent(before, others_seconds(own)) / (time.perf_counter() - started)
-        turn.update(foreign=foreign, settled_ms=1000 * settled)
-        del turn["event"]
+        reply.update(foreign=foreign, settled_ms=1000 * settled)
+        del reply["event"]
         if not best or foreign < best["foreign"]:
-            best = turn
+            best = reply
         if foreign <= MOST_FOREIGN_LOAD:
             break
     return best

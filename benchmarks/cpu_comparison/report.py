@@ -166,6 +166,8 @@ def _kernel_table(title: str, cell: dict[str, Any], profile: dict[str, Any]) -> 
         f"measured in the same process, {profile['peak'] / 1e12:.3f} T multiply-adds a second "
         f"(kernels alone: {sum(kind.ms for kind in kinds):.2f} ms)."
     )
+    if profile["foreign"] > MOST_FOREIGN_LOAD:
+        summary += f" **Disturbed: other processes used {profile['foreign']:.2f} processors meanwhile.**"
     header = ["kernel", "calls", "ms", "share", "M multiply-adds", "of int8 peak"]
     return f"{summary}\n\n{table(header, rows)}"
 
