@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 #: A turn during which other processes used more of a processor than this is repeated, a few times at most.
 MOST_FOREIGN_LOAD = 0.05
 MOST_REPEATS = 4
+#: A worker that has not answered by then hangs: the slowest compiler took two minutes, a turn takes seconds.
+LONGEST_ANSWER_S = 900.0
 
 
 def environment(threads: int, cache: Path) -> dict[str, str]:
@@ -53,11 +56,22 @@ class Worker:
         command: what to run.
         env: its environment.
         log: file for what it prints; the worker's own protocol goes elsewhere.
+        longest_s: for each of its answers, after which it is killed.
+
+    Raises:
+        WorkerError: it does not come up.
     """
 
-    def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        log: Path,
+        longest_s: float = LONGEST_ANSWER_S,
+    ) -> None:
         self.name = name
-        self._log = log
+        self._log, self._longest_s = log, longest_s
         with log.open("w", encoding="utf-8") as errors:
             # The command is this project's own.
             self._process = subprocess.Popen(  # noqa: S603
@@ -94,7 +108,13 @@ class Worker:
 
     def _receive(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        # Killing it closes the pipe, and reading ends.
+        limit = threading.Timer(self._longest_s, self._process.kill)
+        limit.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            limit.cancel()
         if not line:
             self.stop()
             code = self._process.returncode

@@ -8,6 +8,7 @@ from pathlib import Path
 _PROC = Path("/proc")
 #: Linux: the low bits of the clock of a process that counts its time on processors.
 _SCHEDULED = 2
+BLIND_S = 0.2
 
 
 def processor_seconds(process: int) -> float:
@@ -34,6 +35,8 @@ def spent(before: dict[int, float], after: dict[int, float]) -> float:
 def wait_until_idle(processes: list[int], longest_s: float = 1.0, step_s: float = 0.002) -> float:
     """Wait until processes stop using the processor, as pools that spin do some time after the last call.
 
+    Where the system does not tell their time, wait for a fifth of a second, longer than any pool seen so far spins.
+
     Args:
         processes: whose threads may spin.
         longest_s: give up after this long.
@@ -44,6 +47,8 @@ def wait_until_idle(processes: list[int], longest_s: float = 1.0, step_s: float 
     """
     started = time.perf_counter()
     used = sum(map(processor_seconds, processes))
+    if not used:
+        time.sleep(BLIND_S)
     while time.perf_counter() - started < longest_s:
         time.sleep(step_s)
         now = sum(map(processor_seconds, processes))

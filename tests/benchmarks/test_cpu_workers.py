@@ -75,6 +75,12 @@ def test_a_worker_that_dies_later_is_the_same_error(start) -> None:
         worker.ask({"event": "turn"})
 
 
+def test_a_worker_that_hangs_is_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    with pytest.raises(WorkerError, match="hanging: the worker ended with exit code -9"):
+        Worker("hanging", command, environment(1, tmp_path), tmp_path / "hanging.log", longest_s=0.1)
+
+
 def test_commands_in_replies_out() -> None:
     commands = io.StringIO('{"event": "turn", "warm_ms": 0, "time_ms": 0}\n')
     replies = io.StringIO()
