@@ -149,6 +149,26 @@ def test_linear_with_extreme_weights_and_odd_sizes(dtype, target, check):
 
 
 @pytest.mark.parametrize("target", ["native", "x86-64"])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_linear_with_narrow_weights(bits, target, check):
+    rng = np.random.default_rng(7)
+    half = 1 << (bits - 1)
+    outputs = []
+    b = ProgramBuilder(45, WIDTH)
+    x = codes(b, "uint8", 45, WIDTH)
+    for count in (1, 31, 64, 131):
+        weight = rng.choice([-half, 1 - half, -1, 0, 1, half - 1], (count, WIDTH)).astype(np.int8)
+        weight[0], bias = -half, rng.integers(-1000, 1000, count).astype(np.int32)
+        outputs.append(b.node("linear", (x, b.constant(weight), b.constant(bias)), "int32", (45, count)))
+    program = b.build(*outputs)
+    bundle = build(program, target)
+    weights = [array for array in bundle.constants if array.dtype == np.uint8]
+    assert len(weights) == 4
+    assert sum(array.nbytes for array in weights) < 1.5 * bits / 8 * WIDTH * (16 + 32 + 64 + 144) + 4 * 96
+    check(program, CompiledProgram(bundle), extremes(rng, 3, 45, WIDTH))
+
+
+@pytest.mark.parametrize("target", ["native", "x86-64"])
 @pytest.mark.parametrize(("left", "right"), list(itertools.product(["int8", "uint8"], repeat=2)))
 def test_matmul_zero_points_and_types(left, right, target, check):
     b = ProgramBuilder(2, 7, 7)

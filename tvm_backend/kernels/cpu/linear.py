@@ -11,12 +11,15 @@ from quantizers.integer.program import Node
 from tvm_backend.kernels.cpu.dot import DOTS, Tile
 from tvm_backend.kernels.cpu.epilogue import Epilogue, Finisher
 from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, script
+from tvm_backend.kernels.cpu.narrow_weights import Spread, narrow, needed_bits
 from tvm_backend.kernels.cpu.panel import Panel
 from tvm_backend.kernels.kernel import Array, Kernel, Layout, Operand
 from tvm_backend.targets import CpuTarget
 
-#: Row tiles that one task works through with the same columns of the weight.
+#: Row tiles that one task works through, at most, with the same columns of the weight: few enough to share the work
+#: evenly, and enough that spreading a narrow weight, once a task, costs little.
 _TILES_PER_TASK = 8
+_TILES_PER_SPREAD = 20
 
 
 def pack(weight: Array, tile: Tile) -> Array:
@@ -36,6 +39,25 @@ def pad_columns(vector: Array, tile: Tile, count: int) -> Array:
     return padded
 
 
+class _Weights:
+    """The packed weights of a task's column tile: where they are stored, or spread to bytes."""
+
+    def __init__(self, tile: Tile, stored: Buffer, bits: int, count: int, column_tile: Expr) -> None:
+        self._length = tile.dot.lanes * tile.dot.group
+        self._width = tile.vectors * self._length
+        self._stored, self._column_tile = stored, column_tile
+        self._spread = None if bits == 8 else Spread(stored, count, bits)
+        if self._spread is not None:
+            self._spread.fill(column_tile)
+
+    def load(self, group: Expr, vector: int) -> Expr:
+        """Return the codes that one instruction reads."""
+        kind = f"int8x{self._length}"
+        if self._spread is not None:
+            return self._spread.codes.vload([group * self._width + vector * self._length], kind)
+        return self._stored.vload([self._column_tile, group, vector * self._length], kind)
+
+
 @dataclass(frozen=True)
 class _Task:
     """Buffers and extents that the parts of the kernel share."""
@@ -43,7 +65,7 @@ class _Task:
     tile: Tile
     depth: int
     panel: Panel
-    weight: Buffer
+    weights: _Weights
     bias: Buffer
     result: Buffer
     rows: Expr
@@ -62,12 +84,11 @@ class _Task:
                 start = self.bias[tirx.ramp(column_tile * tile.width + v * lanes, 1, lanes)]
                 tirx.buffer_store(partial, start, [tile.lane(v)])
         read = self.panel.fill(rows)
-        length = lanes * tile.dot.group
         with tirx.serial(tile.groups(self.depth)) as group:
             for i, partial in enumerate(sums):
                 word = read(i, group)
                 for v in used:
-                    weights = self.weight.vload([column_tile, group, v * length], f"int8x{length}")
+                    weights = self.weights.load(group, v)
                     tirx.buffer_store(
                         partial, tile.dot.multiply_add(partial[tile.lane(v)], word, weights), [tile.lane(v)]
                     )
@@ -99,19 +120,24 @@ def emit_linear(node: Node, operands: Sequence[Operand], target: CpuTarget, epil
     tiles = tile.columns(count)
     with function.body():
         codes = function.value(0, Layout.matrix(x.type.shape))
-        weight = function.constant(pack(weights, tile))
+        packed = pack(weights, tile)
+        bits = needed_bits(weights)
+        stored = function.constant(packed if bits == 8 else narrow(packed, bits))
         starts = function.constant(pad_columns(wrapped, tile, count))
         finisher = Finisher(epilogue, function, count, tiles * tile.width, dot.lanes, target)
         result = function.result()
-        rows_per_task = tile.rows * _TILES_PER_TASK
-        chunks = (function.rows + (rows_per_task - 1)) // rows_per_task
+        row_tiles = (function.rows + (tile.rows - 1)) // tile.rows
+        most = _TILES_PER_TASK if bits == 8 else _TILES_PER_SPREAD
+        chunks = (row_tiles + (most - 1)) // most
+        per_task = (row_tiles + (chunks - 1)) // chunks
         rest = count - (tiles - 1) * tile.width
         with tirx.parallel(chunks * tiles) as index:
-            panel = Panel(dot, codes, lambda row, k: [row, k], x.type.dtype, depth, tile.rows)
-            task = _Task(tile, depth, panel, weight, starts, result, function.rows, finisher)
             column_tile = index // chunks
-            with tirx.serial(_TILES_PER_TASK) as step:
-                first_row = (index % chunks) * rows_per_task + step * tile.rows
+            loader = _Weights(tile, stored, bits, packed[0].size, column_tile)
+            panel = Panel(dot, codes, lambda row, k: [row, k], x.type.dtype, depth, tile.rows)
+            task = _Task(tile, depth, panel, loader, starts, result, function.rows, finisher)
+            with tirx.serial(per_task) as step:
+                first_row = ((index % chunks) * per_task + step) * tile.rows
                 with tirx.If(first_row < function.rows), tirx.Then():
                     if rest == tile.width:
                         task.run(first_row, column_tile, tile.width)
