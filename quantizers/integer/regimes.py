@@ -26,6 +26,8 @@ from quantizers.integer.verify import verify
 
 #: Share of the right value below which a flat row of probabilities, or the sigmoid of a large value, is reported.
 REPORTED_SHARE = 0.95
+#: Inverse scales up to which exponents can be a quarter too small.
+_COARSE_INVERSE = 4
 #: Error of the sigmoid of a row's lowest code from which it is reported: four of its codes.
 _SIGMOID_TOLERANCE = 1 / 32
 #: Relative error of a square root from which it is reported.
@@ -53,6 +55,11 @@ REGIMES: Mapping[str, RegimeKind] = MappingProxyType(
         "softmax_mass": RegimeKind(
             "probabilities of a flat row, cut off below, do not sum to one",
             "give sites of kind probability 16 bits, or use 'nonlinear: corrected'",
+            changes_result=True,
+        ),
+        "softmax_slope": RegimeKind(
+            "the inverse of a coarse scale is rounded up to a small integer, which flattens the softmax",
+            "search a narrower range for sites of kind scores, or use 'nonlinear: corrected'",
             changes_result=True,
         ),
         "gelu_maximum": RegimeKind(
@@ -130,6 +137,14 @@ def _shiftmax(node: Node, _program: IntegerProgram, x: TensorType, _interval: In
     found = {}
     if not REPORTED_SHARE <= mass <= 1 / REPORTED_SHARE:
         found["softmax_mass"] = f"{keys} equal scores get probabilities that sum to {mass:.3f} at {bits} bits"
+    inverse = node.integer("inverse_scale")
+    if inverse == 1:
+        found["softmax_slope"] = "I0 is 1 for a scale of 1 or more: exponents are divided by the scale"
+    elif inverse <= _COARSE_INVERSE:
+        found["softmax_slope"] = (
+            f"I0 is {inverse} for a scale between {1 / inverse:.3f} and {1 / (inverse - 1):.3f}: "
+            f"exponents are up to {1 / inverse:.0%} too small"
+        )
     if total > RECIPROCAL:
         found["int32_exponentials"] = f"{keys} equal scores sum to {total}, int32 holds {RECIPROCAL}"
     return found

@@ -1,10 +1,12 @@
-"""Each test that docs/numerics.md names as pinning a convention exists."""
+"""Each test that a page about numbers names as pinning a convention exists."""
 
 from __future__ import annotations
 
 import ast
 import re
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMED = re.compile(r"`(test_\w+\.py)::(test_\w+)`")
@@ -21,8 +23,10 @@ def missing(page: str) -> list[str]:
     return [f"{file}::{name}" for file, name in NAMED.findall(page) if (file, name) not in defined]
 
 
-def test_named_tests_exist() -> None:
-    page = (ROOT / "docs" / "numerics.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["numerics.md", "integer-nonlinearities.md"])
+def test_named_tests_exist(name: str) -> None:
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert NAMED.search(page)
     assert not missing(page)
 
 

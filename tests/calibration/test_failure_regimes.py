@@ -121,6 +121,25 @@ def test_fine_scores_lose_mass_at_16_bits_too() -> None:
     assert kinds(attention(257, scores, ROW)) == set()
 
 
+@pytest.mark.parametrize(("scale", "inverse"), [(0.455, 3), (2.5, 1)])
+def test_coarse_scores_are_flattened(scale: float, inverse: int) -> None:
+    """I0 takes the place of 1 / scale in every exponent: the softmax is that of scores scale I0 times smaller."""
+    scores = byte(scale)
+    codes = np.array([[0, -1, -2, -4]])
+    assert ivit.inverse_scale(scale) == inverse
+    published = probabilities_of(codes, scores, WIDE)[0]
+    flattened = np.exp(codes[0] / inverse)
+    # The shifts of so small integers are coarse as well.
+    assert np.abs(published - flattened / flattened.sum()).max() < 0.1
+    wanted = float_probabilities(codes, scores)[0]
+    assert wanted[0] - published[0] > 0.08
+    assert np.abs(probabilities_of(codes, scores, ROW)[0] - wanted).max() < 0.005
+    (regime,) = find_regimes(attention(4, scores, WIDE))
+    assert regime.kind == "softmax_slope"
+    assert regime.detail.startswith(f"I0 is {inverse} for a scale")
+    assert kinds(attention(4, scores, ROW)) == set()
+
+
 # (b) GELU rows with a large maximum -----------------------------------------------------------------------
 
 
@@ -299,7 +318,7 @@ def test_sums_of_exponentials_overflow_int32() -> None:
 def test_every_regime_is_shown_here() -> None:
     """Each kind of the table has a summary, an advice, and a test above that reports it."""
     assert set(REGIMES) == {
-        *("softmax_mass", "gelu_maximum", "gelu_resolution", "newton_start"),
+        *("softmax_mass", "softmax_slope", "gelu_maximum", "gelu_resolution", "newton_start"),
         *("int32_exponentials", "int32_bias", "int32_squares"),
     }
     for kind in REGIMES.values():
