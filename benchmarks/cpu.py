@@ -18,9 +18,10 @@ What makes it fair:
   35 ms in onnxruntime, below 10 ms in torch (OpenMP) and OpenVINO (TBB), measured by the processor time that idle
   workers go on using. Forbidding it would cost onnxruntime half of its speed. So every engine may spin, and a turn
   begins when the processor time of all workers stands still; the 20 ms then wake the engine's own threads.
-- A turn during which processes outside used more than 5 % of a processor is repeated, up to four times, and the
-  least disturbed one is kept. The JSON file says for each turn how much others used (``foreign``), and how many
-  processors the engine used (``busy``, which shows whether it keeps to its number of threads).
+- A turn during which processes outside used more than 5 % of a processor, or during which the engine got less of them
+  than before, is repeated, up to four times, and the least disturbed one is kept. The JSON file says for each turn how
+  much others used (``foreign``), and how many processors the engine used (``busy``, which shows whether it keeps to its
+  number of threads). Cells with many disturbed turns are listed before the results.
 - Peers run with the settings that were best for them: see :mod:`cpu_comparison.engines`. OpenVINO computes the float
   rest of int8 networks in bfloat16 where the processor has it, as it does by default; its float32 is asked for by name.
 """

@@ -19,6 +19,9 @@ from .processor_time import others_seconds, spent, wait_until_idle
 ROOT = Path(__file__).resolve().parents[2]
 #: A turn during which other processes used more of a processor than this is repeated, a few times at most.
 MOST_FOREIGN_LOAD = 0.05
+#: And so is one in which the engine got that much less than it got before: processes that came and went within a
+#: turn are not seen otherwise.
+MOST_STARVED = 0.15
 MOST_REPEATS = 4
 #: A worker that has not answered by then hangs: the slowest compiler took two minutes, a turn takes seconds.
 LONGEST_ANSWER_S = 900.0
@@ -78,6 +81,7 @@ class Worker:
                 command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
             )
         self.process_id = self._process.pid
+        self.most_busy = 0.0
         self.first = self._receive()
 
     def ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,7 +155,8 @@ def take_rounds(
 
     Returns:
         For each worker's name one turn a round: ``ms``, ``busy``, ``foreign`` (processors used by others) and
-        ``settled_ms`` (how long the turn before went on using the processor).
+        ``settled_ms`` (how long the turn before went on using the processor) and ``starved`` (how many processors
+        less than in its best turn the engine had).
     """
     message = {"event": "turn", "warm_ms": warm_ms, "time_ms": time_ms}
     turns: dict[str, list[dict[str, Any]]] = {worker.name: [] for worker in workers}
@@ -171,7 +176,8 @@ def ask_undisturbed(worker: Worker, workers: Sequence[Worker], message: Mapping[
         message: the command.
 
     Returns:
-        The reply to the least disturbed one, with ``foreign`` and ``settled_ms`` as in :func:`take_rounds`.
+        The reply to the least disturbed one, with ``foreign``, ``settled_ms`` and ``starved`` as in
+        :func:`take_rounds`.
 
     Raises:
         WorkerError: there is none.
@@ -183,10 +189,17 @@ def ask_undisturbed(worker: Worker, workers: Sequence[Worker], message: Mapping[
         before, started = others_seconds(own), time.perf_counter()
         reply = worker.ask(message)
         foreign = spent(before, others_seconds(own)) / (time.perf_counter() - started)
-        reply.update(foreign=foreign, settled_ms=1000 * settled)
+        busy = reply.get("busy", worker.most_busy)
+        worker.most_busy = max(worker.most_busy, busy)
+        reply.update(foreign=foreign, settled_ms=1000 * settled, starved=worker.most_busy - busy)
         del reply["event"]
-        if not best or foreign < best["foreign"]:
+        if not best or foreign + reply["starved"] < best["foreign"] + best["starved"]:
             best = reply
-        if foreign <= MOST_FOREIGN_LOAD:
+        if not is_disturbed(reply):
             break
     return best
+
+
+def is_disturbed(turn: Mapping[str, Any]) -> bool:
+    """Tell whether other processes took part of the machine during a turn or a profile."""
+    return bool(turn["foreign"] > MOST_FOREIGN_LOAD or turn["starved"] > MOST_STARVED)

@@ -8,7 +8,7 @@ from typing import Any
 from .comparison import cell_title
 from .engines import ENGINES, OURS
 from .kernels import by_kind, floor_ms
-from .processes import MOST_FOREIGN_LOAD
+from .processes import is_disturbed
 
 #: Share of disturbed turns from which on a reader has to know.
 WORTH_A_WARNING = 0.1
@@ -54,7 +54,7 @@ def disturbances(networks: dict[str, dict[str, Any]]) -> str:
     for network in networks.values():
         for cell in network["cells"]:
             turns = [turn for state in cell["engines"].values() for turn in state.get("turns", [])]
-            loud = [turn["foreign"] for turn in turns if turn["foreign"] > MOST_FOREIGN_LOAD]
+            loud = [max(turn["foreign"], turn["starved"]) for turn in turns if is_disturbed(turn)]
             if len(loud) > WORTH_A_WARNING * len(turns):
                 lines.append(
                     f"- {cell_title(network['title'], cell)}: {len(loud)} of {len(turns)} turns, during which others "
@@ -166,7 +166,7 @@ def _kernel_table(title: str, cell: dict[str, Any], profile: dict[str, Any]) -> 
         f"measured in the same process, {profile['peak'] / 1e12:.3f} T multiply-adds a second "
         f"(kernels alone: {sum(kind.ms for kind in kinds):.2f} ms)."
     )
-    if profile["foreign"] > MOST_FOREIGN_LOAD:
+    if is_disturbed(profile):
         summary += f" **Disturbed: other processes used {profile['foreign']:.2f} processors meanwhile.**"
     header = ["kernel", "calls", "ms", "share", "M multiply-adds", "of int8 peak"]
     return f"{summary}\n\n{table(header, rows)}"

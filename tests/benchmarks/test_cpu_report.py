@@ -54,7 +54,7 @@ RESULTS: dict[str, Any] = {
                         },
                         "torch-fp32": timed(40.0, 10.0),
                     },
-                    "kernels": {"kernels": KERNELS, "peak": 1e11, "foreign": 0.0},
+                    "kernels": {"kernels": KERNELS, "peak": 1e11, "foreign": 0.0, "starved": 0.0},
                 }
             ],
             "footprint": [
@@ -103,9 +103,12 @@ def test_nothing_is_listed_where_ours_is_ahead_and_all_were_timed() -> None:
 def test_a_busy_machine_is_said_before_anything_else() -> None:
     results = copy.deepcopy(RESULTS)
     ours = results["networks"]["deit-s"]["cells"][0]["engines"][OURS]
-    ours["turns"] = [{"foreign": foreign} for foreign in [0.01] * 18 + [0.4, 0.6]]
+    ours["turns"] = [{"foreign": 0.01, "starved": 0.1}] * 18 + [
+        {"foreign": 0.4, "starved": 0},
+        {"foreign": 0, "starved": 0.6},
+    ]
     assert "do not trust" not in markdown(results)
-    ours["turns"].append({"foreign": 0.5})
+    ours["turns"].append({"foreign": 0.5, "starved": 0})
     text = markdown(results)
     assert "- DeiT-S, batch 1, 2 threads: 3 of 21 turns, during which others used 0.50 processors on average" in text
     assert text.index("do not trust") < text.index("Another engine is faster")

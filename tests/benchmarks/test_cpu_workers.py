@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cpu_comparison import comparison, kernels
+from cpu_comparison import comparison, kernels, processes
 from cpu_comparison.comparison import Plan, compare_cell
 from cpu_comparison.engines import ENGINES, OURS, Engine, Loaded, SkipEngineError, Task, load_engine, steps_of
 from cpu_comparison.files import Files
@@ -60,8 +60,32 @@ def test_rounds_give_one_turn_of_each_worker_and_what_libraries_print_is_not_a_r
     assert workers[0].first == {"event": "ready", "cosine": 1.0}
     turns = take_rounds(workers, rounds=2, warm_ms=0, time_ms=0)
     assert {name: len(taken) for name, taken in turns.items()} == {"a": 2, "b": 2}
-    assert all(set(turn) == {"ms", "busy", "foreign", "settled_ms"} for taken in turns.values() for turn in taken)
+    assert all(
+        set(turn) == {"ms", "busy", "foreign", "settled_ms", "starved"} for taken in turns.values() for turn in taken
+    )
     assert "a library that prints" in (tmp_path / "a.log").read_text()
+
+
+class Scripted:
+    """A worker whose turns are given."""
+
+    process_id, most_busy = 2**22 + 1, 2.0
+
+    def __init__(self, busy: list[float]) -> None:
+        self.busy = iter(busy)
+
+    def ask(self, message: object) -> dict[str, object]:
+        return {"event": "turn", "ms": [1.0], "busy": next(self.busy)}
+
+
+def test_a_turn_that_others_disturbed_is_repeated_and_the_least_disturbed_one_kept(monkeypatch) -> None:
+    monkeypatch.setattr(processes, "others_seconds", lambda _: {})
+    worker = Scripted([1.2, 1.9, 2.0])
+    assert processes.ask_undisturbed(worker, [worker], {})["busy"] == 1.9
+    worker = Scripted([1.2, 1.7, 1.6, 1.5, 1.4, 2.0])
+    kept = processes.ask_undisturbed(worker, [worker], {})
+    assert kept["busy"] == 1.7
+    assert processes.is_disturbed(kept)
 
 
 def test_a_worker_that_dies_is_an_error_with_the_end_of_its_log(start) -> None:
