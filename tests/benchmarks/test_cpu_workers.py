@@ -74,7 +74,7 @@ class Scripted:
     def __init__(self, busy: list[float]) -> None:
         self.busy = iter(busy)
 
-    def ask(self, message: object) -> dict[str, object]:
+    def ask(self, _: object) -> dict[str, object]:
         return {"event": "turn", "ms": [1.0], "busy": next(self.busy)}
 
 
