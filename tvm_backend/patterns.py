@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from quantizers.integer.bounds import Interval
@@ -12,6 +12,7 @@ from quantizers.integer.program import IntegerProgram, Node
 from tvm_backend.kernels.cpu.attention import Attention
 from tvm_backend.kernels.cpu.epilogue import Epilogue, Rescale
 from tvm_backend.kernels.cpu.rescale import fits_int32
+from tvm_backend.kernels.cpu.score_stages import ScoreStage
 from tvm_backend.strides import Strided, strided_source, strided_target
 
 VIEWS = ("reshape", "permute", "slice")
@@ -102,14 +103,12 @@ class Patterns:
             return None
         if reader.op == "requantize" and self._per_column(reader.inputs[1]):
             multiplier = constants[reader.inputs[1]]
-            zero_point, shift = reader.integer("input_zero_point"), reader.integer("shift")
+            zero_point = reader.integer("input_zero_point")
             # Taking a zero point off the sums must stay within int32 as well.
             bounds = self._bounds[linear.name].minus(zero_point)
-            narrow = bounds.magnitude <= _INT32_MAX and fits_int32(
-                [(bounds, self._bounds[reader.inputs[1]])], shift, reader.integer("zero_point")
-            )
-            if not narrow and zero_point:
+            if bounds.magnitude > _INT32_MAX:
                 return None
+            narrow = self._narrow([(bounds, reader.inputs[1])], reader)
             rescale = Rescale(reader, multiplier, narrow)
             follower = self._only_reader(reader)
             if follower is not None and follower.op == "lookup" and reader.type.dtype in _BYTES:
@@ -135,12 +134,9 @@ class Patterns:
             return None
         zeros = [add.integer(key) for key in ("zero_point_a", "zero_point_b")]
         centred = [self._bounds[name].minus(zero) for name, zero in zip(add.inputs[:2], zeros, strict=True)]
-        terms = list(zip(centred, (self._bounds[name] for name in multipliers), strict=True))
-        narrow = all(b.magnitude <= _INT32_MAX for b in centred) and fits_int32(
-            terms, add.integer("shift"), add.integer("zero_point")
-        )
-        if not narrow and any(zeros):
+        if any(bounds.magnitude > _INT32_MAX for bounds in centred):
             return None
+        narrow = self._narrow(list(zip(centred, multipliers, strict=True)), add)
         constants = self._program.constants
         rescale = Rescale(
             add,
@@ -162,20 +158,18 @@ class Patterns:
         exponentials = self._producer(product.inputs[0], "exponentials", reads=2)
         if exponentials is None or total.inputs[0] != exponentials.name or product.integer("zero_point_a"):
             return None
-        rescale = self._producer(exponentials.inputs[0], "requantize")
-        scores = self._producer(rescale.inputs[0], "matmul") if rescale is not None else None
-        if rescale is None or scores is None or not scores.integer("transpose_b"):
+        found = self._score_stages(exponentials.inputs[0])
+        if found is None:
             return None
-        inner = (scores, rescale, exponentials, total, product, normalize)
+        scores, stages = found
+        inner = (scores, *(stage.node for stage in stages), exponentials, total, product, normalize)
         names = (*scores.inputs, product.inputs[1])
         types = [self._types[name] for name in names]
         constants = self._program.constants
-        multiplier = constants[rescale.inputs[1]]
         if (
             any(kind.dtype not in _BYTES for kind in types)
             or any(name in constants for name in names)
-            or math.prod(multiplier.shape[-2:]) != 1
-            or rescale.type.dtype not in _BYTES
+            or stages[-1].node.type.dtype not in _BYTES
             or not all(self._terms_fit(node) for node in (scores, product))
         ):
             return None
@@ -189,13 +183,6 @@ class Patterns:
             chain, target = (), strided_target((), normalize.type.shape)
             assert target is not None
         numerator, smallest = normalize.integer("numerator"), self._bounds[total.name].low
-        zero_point = rescale.integer("input_zero_point")
-        score_bounds = self._bounds[scores.name].minus(zero_point)
-        narrow = score_bounds.magnitude <= _INT32_MAX and fits_int32(
-            [(score_bounds, self._bounds[rescale.inputs[1]])],
-            rescale.integer("shift"),
-            rescale.integer("zero_point"),
-        )
         quotient = numerator // smallest
         reach = numerator * -(-self._bounds[product.name].magnitude // self._bounds[total.name].high)
         shift = normalize.integer("shift")
@@ -203,14 +190,10 @@ class Patterns:
             quotient <= _INT32_MAX
             and ((reach + (1 << (shift - 1))) >> shift) + abs(normalize.integer("zero_point")) + 1 <= _INT32_MAX
         )
-        if not narrow and zero_point:
-            return None
         last = chain[-1] if chain else normalize
         rule = Attention(
             scores=scores,
-            rescale=rescale,
-            multiplier=multiplier,
-            narrow=narrow,
+            stages=stages,
             table=constants[exponentials.inputs[1]],
             product=product,
             normalize=normalize,
@@ -224,6 +207,61 @@ class Patterns:
         )
         query, key, value = (name for name, _ in views)
         return FusedAttention(last, (*inner, *chain), rule, (query, key, value))
+
+    def _score_stages(self, name: str) -> tuple[Node, tuple[ScoreStage, ...]] | None:
+        """Follow codes back to the matmul of queries and keys; return it and the stages in order."""
+        constants = self._program.constants
+        stages: list[ScoreStage] = []
+        while (node := self._nodes.get(name)) is not None and self._reads[name] == 1 and node.op != "matmul":
+            stage: ScoreStage | None = None
+            name = node.inputs[0]
+            if node.op == "requantize":
+                stage = self._requantized_scores(node)
+            elif node.op == "add":
+                fixed = [position for position in range(2) if node.inputs[position] in constants]
+                if len(fixed) == 1:
+                    name = node.inputs[1 - fixed[0]]
+                    stage = self._biased_scores(node, 1 - fixed[0])
+            if stage is None:
+                return None
+            stages.insert(0, stage)
+        if node is None or node.op != "matmul" or self._reads[name] != 1 or not node.integer("transpose_b"):
+            return None
+        return (node, tuple(stages)) if stages else None
+
+    def _requantized_scores(self, node: Node) -> ScoreStage | None:
+        multiplier = self._program.constants[node.inputs[1]]
+        bounds = self._bounds[node.inputs[0]].minus(node.integer("input_zero_point"))
+        narrow = self._narrow([(bounds, node.inputs[1])], node)
+        if math.prod(multiplier.shape[-2:]) != 1 or bounds.magnitude > _INT32_MAX:
+            return None
+        return ScoreStage(node, multiplier, narrow)
+
+    def _biased_scores(self, node: Node, position: int) -> ScoreStage | None:
+        constants = self._program.constants
+        scores, other = node.inputs[position], node.inputs[1 - position]
+        multiplier, factor = (constants[node.inputs[2 + p]] for p in (position, 1 - position))
+        zeros = [node.integer(key) for key in ("zero_point_a", "zero_point_b")]
+        terms = [
+            (self._bounds[name].minus(zeros[p]), node.inputs[2 + p])
+            for p, name in ((position, scores), (1 - position, other))
+        ]
+        if (
+            self._types[scores].shape != node.type.shape
+            or math.prod(multiplier.shape[-2:]) != 1
+            or factor.size != 1
+            or constants[other].shape[-1:] != node.type.shape[-1:]
+            or any(bounds.magnitude > _INT32_MAX for bounds, _ in terms)
+        ):
+            return None
+        return ScoreStage(
+            node, multiplier, self._narrow(terms, node), position == 0, constants[other], int(factor.reshape(-1)[0])
+        )
+
+    def _narrow(self, terms: Sequence[tuple[Interval, str]], node: Node) -> bool:
+        """Whether the rescaled sum of terms, each with the name of its multiplier, is proved to fit int32."""
+        products = [(bounds, self._bounds[name]) for bounds, name in terms]
+        return fits_int32(products, node.integer("shift"), node.integer("zero_point"))
 
     def _terms_fit(self, node: Node) -> bool:
         """Whether the terms that zero points add to a product fit int32; the verifier bounds the product only."""

@@ -85,11 +85,13 @@ def program_from_bytes(structure: bytes, constants: bytes) -> IntegerProgram:
         arrays: Mapping[str, npt.NDArray[np.generic]] = safetensors.numpy.load(constants)
     except (ValueError, RecursionError, SafetensorError) as error:
         raise ArtifactError(f"the program cannot be read: {error}; export or quantize it again") from error
-    _expect_keys("program", document, _PROGRAM_KEYS)
-    if document["format_version"] != FORMAT_VERSION:
+    # The version comes first: another version may have other keys.
+    version = document.get("format_version") if isinstance(document, dict) else None
+    if type(version) is int and version != FORMAT_VERSION:
         raise ArtifactError(
-            f"the program has format version {document['format_version']}, this version reads {FORMAT_VERSION}"
+            f"the program has format version {version}, this version reads {FORMAT_VERSION}; quantize it again"
         )
+    _expect_keys("program", document, _PROGRAM_KEYS)
     for what, keys in (("input", _INPUT_KEYS), ("node", _NODE_KEYS), ("output", _OUTPUT_KEYS)):
         for entry in document[f"{what}s"]:
             _expect_keys(what, entry, keys)

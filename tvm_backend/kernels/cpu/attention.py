@@ -22,6 +22,7 @@ from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, local, scri
 from tvm_backend.kernels.cpu.pack import Packed, pack_columns, pack_rows
 from tvm_backend.kernels.cpu.panel import Panel
 from tvm_backend.kernels.cpu.rescale import rescale
+from tvm_backend.kernels.cpu.score_stages import ScoreStage, ScoreWriter
 from tvm_backend.kernels.kernel import Array, Kernel, Layout, Operand
 from tvm_backend.strides import Strided
 from tvm_backend.targets import CpuTarget
@@ -37,9 +38,7 @@ class Attention:
 
     Args:
         scores: ``matmul`` of queries and keys.
-        rescale: ``requantize`` of the scores.
-        multiplier: its multiplier, one entry or one for each of the leading axes.
-        narrow: whether the codes are proved to fit int32 before they are clipped.
+        stages: what turns their sums into 8-bit codes.
         table: of ``exponentials``.
         product: ``matmul`` of the exponentials and the values.
         normalize: ``normalize_rows``.
@@ -53,9 +52,7 @@ class Attention:
     """
 
     scores: Node
-    rescale: Node
-    multiplier: Array = field(repr=False)
-    narrow: bool
+    stages: tuple[ScoreStage, ...]
     table: Array = field(repr=False)
     product: Node
     normalize: Node
@@ -95,6 +92,7 @@ class _Writer:
         self.lead = tuple(lead)
         self.channels = rule.product.type.shape[-1]
         self.depth = rule.depth
+        self.code_dtype = rule.stages[-1].node.type.dtype
         self.score_vectors = -(-self.keys // self.dot.lanes)
         self.channel_vectors = -(-self.channels // self.dot.lanes)
         # Whole lookups and whole groups of keys.
@@ -115,10 +113,7 @@ class _Writer:
                 buffers.append(sources[same])
             table = by_unsigned_code(rule.table, "uint8")
             self.table = function.constant(table)
-            self.multiplier: Buffer | None = None
-            if rule.multiplier.size > 1:
-                per_head = np.broadcast_to(rule.multiplier, (*self.lead, 1, 1)).reshape(-1)
-                self.multiplier = function.constant(per_head)
+            self.stages = [ScoreWriter(stage, function, self.lead, self.keys, self.dot.lanes) for stage in rule.stages]
             mask = np.zeros(WIDTH, np.int8)
             mask[: self.keys - (self.padded_keys - WIDTH)] = -1
             self.mask = function.constant(mask)
@@ -181,21 +176,22 @@ class _Writer:
         lanes = dot.lanes
         read = panel.fill(at)
         zero_right = keys.zero_points(rule.scores, self.operands[0].type.dtype)[1]
-        if self.multiplier is None:
-            multiplier = literal(int(rule.multiplier.reshape(-1)[0]), "int32", lanes)
-        else:
-            multiplier = tirx.broadcast(self.multiplier[item % count], lanes)
+        head = item % count
         for first, tiles, width in even_runs(self.score_vectors, dot.accumulators // _ROWS):
             with tirx.serial(tiles) as tile:
                 vector = first + tile * width
                 totals = keys.multiply(item, vector, width, read, _ROWS, zero_right)
-                for i, vectors in enumerate(totals):
-                    centred = [v - literal(rule.rescale.integer("input_zero_point"), "int32", lanes) for v in vectors]
-                    codes = [rescale(rule.rescale, [(v, multiplier)], lanes, narrow=rule.narrow) for v in centred]
+                for i, (row, vectors) in enumerate(zip(at, totals, strict=True)):
+                    codes = [self._coded(value, head, row, (vector + v) * lanes) for v, value in enumerate(vectors)]
                     joined = join(codes, lanes)
-                    if rule.rescale.type.dtype != "uint8":
+                    if self.code_dtype != "uint8":
                         joined = tirx.reinterpret(joined, dtype=f"uint8x{lanes * width}")
                     tirx.buffer_store(rows, joined, [i, tirx.ramp(vector * lanes, 1, lanes * width)])
+
+    def _coded(self, scores: Expr, head: Expr, row: Expr, column: Expr) -> Expr:
+        for stage in self.stages:
+            scores = stage.apply(scores, head, row, column)
+        return scores
 
     def _exponentials(self, rows: Buffer) -> Buffer:
         """Replace the codes of each row by exponentials, zero beyond the last key; return the sums."""
@@ -210,7 +206,7 @@ class _Writer:
 
     def _wide_exponentials(self, rows: Buffer, sums: Buffer, i: Expr) -> None:
         tirx = script()
-        dtype = self.rule.rescale.type.dtype
+        dtype = self.code_dtype
         chunks = self.padded_keys // WIDTH
         mask = self.mask.vload([0], f"int8x{WIDTH}")
         lowest = literal(INTEGER_RANGES[dtype][0], dtype, WIDTH)
@@ -257,7 +253,7 @@ class _Writer:
 
     def _plain_exponentials(self, rows: Buffer, sums: Buffer, i: Expr) -> None:
         tirx = script()
-        dtype = self.rule.rescale.type.dtype
+        dtype = self.code_dtype
 
         def code(j: Expr) -> Expr:
             byte = rows[i, j]

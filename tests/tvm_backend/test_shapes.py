@@ -1,0 +1,75 @@
+"""Fused kernels over shapes and constants that nobody would choose: odd sizes, one token, extremes, zero points."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.attention import Shape, attention_program, mlp_program
+
+from quantizers.integer.interpret import interpret
+from quantizers.integer.program import IntegerProgram
+from quantizers.integer.verify import verify
+from tvm_backend.build import build
+from tvm_backend.runtime import CompiledProgram
+from tvm_backend.targets import TARGETS, cpu_features
+from tvm_backend.threads import usable_processors
+
+pytestmark = pytest.mark.tvm
+
+RUNNABLE = [t.name for t in TARGETS.values() if t.arch == "x86_64" and cpu_features().issuperset(t.features)]
+shapes = st.builds(
+    Shape,
+    tokens=st.one_of(st.sampled_from([1, 2, 5, 6, 7, 16, 17, 49, 63, 64, 65]), st.integers(1, 80)),
+    heads=st.integers(1, 3),
+    head_dim=st.sampled_from([1, 5, 8, 16, 31, 32, 48, 64, 80]),
+    seed=st.integers(0, 2**32 - 1),
+)
+relaxed = settings(
+    max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
+)
+
+
+def images(program: IntegerProgram, batch: int, seed: int) -> np.ndarray:
+    """Codes of the whole range, their ends often."""
+    rng = np.random.default_rng(seed)
+    shape = (batch, *program.inputs[0][1].shape)
+    ends = rng.choice([-1e6, -128, -127, -1, 0, 1, 126, 127, 128, 255, 1e6], shape)
+    return np.where(rng.random(shape) < 0.3, ends, rng.normal(0, 60, shape)).astype(np.float32)
+
+
+def compare(program: IntegerProgram, target: str, batch: int, seed: int) -> None:
+    verify(program)
+    bundle = build(program, target)
+    batches = images(program, batch, seed)
+    wanted = [value.numpy() for value in interpret(program, torch.from_numpy(batches))]
+    for threads in range(1, min(2, usable_processors()) + 1):
+        for got, want in zip(CompiledProgram(bundle, threads)(batches), wanted, strict=True):
+            np.testing.assert_array_equal(got, want, strict=True)
+
+
+@relaxed
+@given(shapes, st.integers(1, 9), st.sampled_from(RUNNABLE))
+def test_attention(shape: Shape, batch: int, target: str) -> None:
+    program = attention_program(shape)
+    compare(program, target, batch, shape.seed)
+
+
+@relaxed
+@given(shapes, st.integers(1, 9), st.sampled_from(RUNNABLE))
+def test_linears_with_epilogues(shape: Shape, batch: int, target: str) -> None:
+    compare(mlp_program(shape), target, batch, shape.seed)
+
+
+def test_attention_is_one_kernel() -> None:
+    bundle = build(attention_program(Shape(7, 2, 8, 0)))
+    assert "attention" in [call.operators for call in bundle.schedule.calls]
+    assert not any("matmul" in call.operators for call in bundle.schedule.calls)
+
+
+def test_epilogues_are_part_of_their_linears() -> None:
+    calls = [call.operators for call in build(mlp_program(Shape(7, 2, 8, 0))).schedule.calls]
+    assert "linear+requantize+lookup" in calls
+    assert "linear+add" in calls

@@ -1,0 +1,96 @@
+"""From the sums of queries and keys to the codes of a softmax: rescaling, position biases, masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from quantizers.integer.program import Node
+from tvm_backend.kernels.cpu.arithmetic import literal, minus
+from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, script
+from tvm_backend.kernels.cpu.rescale import rescale
+from tvm_backend.kernels.kernel import Array
+
+
+@dataclass(frozen=True)
+class ScoreStage:
+    """One step from the sums of queries and keys to the codes that the table of exponentials reads.
+
+    Args:
+        node: ``requantize``, or ``add`` of a constant such as a position bias or a mask.
+        multiplier: of the scores, one entry or one for each of the leading axes.
+        narrow: whether the result is proved to fit int32 before it is clipped.
+        scores_first: whether the scores are operand ``a`` of ``add``.
+        addend: what ``add`` adds, broadcasting to the scores.
+        addend_multiplier: one entry.
+    """
+
+    node: Node
+    multiplier: Array = field(repr=False)
+    narrow: bool
+    scores_first: bool = True
+    addend: Array | None = field(default=None, repr=False)
+    addend_multiplier: int = 0
+
+    @property
+    def zero_point(self) -> int:
+        """Zero point of the scores."""
+        if self.addend is None:
+            return self.node.integer("input_zero_point")
+        return self.node.integer("zero_point_a" if self.scores_first else "zero_point_b")
+
+    @property
+    def addend_zero_point(self) -> int:
+        """Zero point of the addend."""
+        return self.node.integer("zero_point_b" if self.scores_first else "zero_point_a")
+
+
+class ScoreWriter:
+    """A :class:`ScoreStage` inside a kernel: its constants are arguments."""
+
+    def __init__(self, stage: ScoreStage, function: Function, lead: tuple[int, ...], keys: int, lanes: int) -> None:
+        self._stage, self._lanes, self._lead = stage, lanes, lead
+        self._multipliers: Buffer | None = None
+        self._addend: Buffer | None = None
+        if stage.multiplier.size > 1:
+            self._multipliers = function.constant(np.broadcast_to(stage.multiplier, (*lead, 1, 1)).reshape(-1))
+        if stage.addend is not None:
+            missing = len(lead) + 2 - stage.addend.ndim
+            array = stage.addend.reshape((1,) * missing + stage.addend.shape)
+            self._shape = array.shape
+            padded = np.zeros((*array.shape[:-1], -(-keys // lanes) * lanes), array.dtype)
+            padded[..., :keys] = array
+            self._addend = function.constant(padded.reshape(-1, padded.shape[-2], padded.shape[-1]))
+
+    def apply(self, scores: Expr, head: Expr, row: Expr, column: Expr) -> Expr:
+        """Return the codes of one vector of scores.
+
+        Args:
+            scores: vector of int32 sums, or of the codes of the stage before.
+            head: index into the leading axes, flattened.
+            row: query.
+            column: first key.
+        """
+        tirx, stage, lanes = script(), self._stage, self._lanes
+        multiplier: Expr = literal(int(stage.multiplier.reshape(-1)[0]), "int32", lanes)
+        if self._multipliers is not None:
+            multiplier = tirx.broadcast(self._multipliers[head], lanes)
+        terms = [(minus(scores, stage.zero_point, "int32", lanes), multiplier)]
+        if self._addend is not None:
+            index = self._addend_item(head)
+            query = row if self._shape[-2] > 1 else 0
+            codes = self._addend[index, query, tirx.ramp(column, 1, lanes)]
+            factor = literal(stage.addend_multiplier, "int32", lanes)
+            terms.append((minus(codes, stage.addend_zero_point, "int32", lanes), factor))
+        return rescale(stage.node, terms, lanes, narrow=stage.narrow)
+
+    def _addend_item(self, head: Expr) -> Expr:
+        """Index into the leading axes of the addend, some of which may have extent 1."""
+        index: Expr = 0
+        below, stride = 1, 1
+        for extent, own in zip(reversed(self._lead), reversed(self._shape[:-2]), strict=True):
+            if own > 1:
+                index = index + ((head // below) % extent) * stride
+            below, stride = below * extent, stride * own
+        return index
