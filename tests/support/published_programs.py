@@ -14,9 +14,12 @@ INT32 = {"zero_point": 0, "qmin": -(2**31), "qmax": 2**31 - 1}
 
 
 def random_published_block(
-    seed: int, tokens: int = 5, heads: int = 2, head_dim: int = 8, bits: int = 16
+    seed: int, tokens: int = 5, heads: int = 2, head_dim: int = 8, bits: int = 16, *, inner: bool = True
 ) -> IntegerProgram:
-    """LayerNorm, attention, LayerNorm, GELU, with two-scale residual adds; constants and settings are random."""
+    """LayerNorm, attention, LayerNorm, GELU, with two-scale residual adds; constants and settings are random.
+
+    Without ``inner`` values as outputs, a backend is free to fuse what has one reader.
+    """
     rng = np.random.default_rng(seed)
     width = heads * head_dim
     b = ProgramBuilder(tokens, width)
@@ -107,9 +110,8 @@ def random_published_block(
     final = layer_norm(stream, 20.0)
     logits = linear(final, 10)
     scale = b.constant(rng.uniform(1e-4, 1e-2, 10).astype(np.float32))
-    return b.build(
-        b.node("dequantize", (logits, scale), "float32", (tokens, 10), zero_point=0), stream, probabilities, gelu
-    )
+    result = b.node("dequantize", (logits, scale), "float32", (tokens, 10), zero_point=0)
+    return b.build(result, stream, probabilities, gelu) if inner else b.build(result)
 
 
 def random_tokens(program: IntegerProgram, batch: int, seed: int) -> np.ndarray:

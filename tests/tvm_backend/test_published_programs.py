@@ -12,7 +12,7 @@ from support.published_programs import random_published_block, random_tokens
 from quantizers.errors import TargetError
 from tvm_backend.build import build
 from tvm_backend.runtime import CompiledProgram
-from tvm_backend.targets import check_runnable, get_target
+from tvm_backend.targets import TARGETS, check_runnable, get_target
 from tvm_backend.threads import usable_processors
 
 pytestmark = pytest.mark.tvm
@@ -30,9 +30,10 @@ def name(block: dict[str, int]) -> str:
     return "-".join(f"{key}{value}" for key, value in block.items())
 
 
+@pytest.mark.parametrize("inner", [False, True], ids=["fused", "apart"])
 @pytest.mark.parametrize("block", BLOCKS, ids=name)
-def test_native_code_equals_interpreter(block, check):
-    program = random_published_block(**block)
+def test_native_code_equals_interpreter(block, inner, check):
+    program = random_published_block(**block, inner=inner)
     bundle = build(program)
     for threads in range(1, min(2, usable_processors()) + 1):
         compiled = CompiledProgram(bundle, threads)
@@ -40,14 +41,14 @@ def test_native_code_equals_interpreter(block, check):
             check(program, compiled, random_tokens(program, batch, seed=batch))
 
 
-@pytest.mark.parametrize("target", ["x86-64", "x86-64-avx2", "x86-64-avx512-vnni"])
+@pytest.mark.parametrize("target", list(TARGETS))
 def test_each_instruction_set_equals_interpreter(target, check):
     chosen = get_target(target)
     try:
         check_runnable(chosen.name, chosen.arch, chosen.features)
     except TargetError as error:
         pytest.skip(str(error))
-    program = random_published_block(5, tokens=9, heads=3, head_dim=11)
+    program = random_published_block(5, tokens=9, heads=3, head_dim=11, inner=False)
     compiled = CompiledProgram(build(program, target))
     for batch in (1, 3):
         check(program, compiled, random_tokens(program, batch, seed=batch))
