@@ -253,13 +253,14 @@ def test_views_concat_and_reductions(check):
     run(b, [x, flat, turned, odd, again, back, every, joined, *sums, total, scaled, flat], check)
 
 
+@pytest.mark.parametrize("width", [WIDTH, 128])
 @pytest.mark.parametrize("dtype", ["int8", "uint8"])
-def test_lookup_reads_both_ends_of_the_table(dtype, check):
-    b = ProgramBuilder(WIDTH)
-    x = codes(b, dtype, WIDTH)
+def test_lookup_reads_both_ends_of_the_table(dtype, width, check):
+    b = ProgramBuilder(width)
+    x = codes(b, dtype, width)
     rng = np.random.default_rng(5)
     outputs = [
-        b.node("lookup", (x, b.constant(rng.integers(*bounds, 256).astype(kind))), kind, (WIDTH,))
+        b.node("lookup", (x, b.constant(rng.integers(*bounds, 256).astype(kind))), kind, (width,))
         for kind, bounds in (("int8", (-128, 128)), ("uint8", (0, 256)), ("int16", (-32768, 32768)))
     ]
     run(b, outputs, check)

@@ -17,6 +17,7 @@ from tvm_backend.kernels.cpu.arithmetic import (
     saturate,
     shift_round,
 )
+from tvm_backend.kernels.cpu.byte_table import WIDTH, by_unsigned_code, look_up
 from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, script
 from tvm_backend.kernels.kernel import Array, Kernel, Layout, Operand
 from tvm_backend.targets import CpuTarget
@@ -99,14 +100,34 @@ def emit_multiply(node: Node, operands: Sequence[Operand], _target: CpuTarget) -
     return _elementwise(node, operands, element)
 
 
-def emit_lookup(node: Node, operands: Sequence[Operand], _target: CpuTarget) -> Kernel:
+def emit_lookup(node: Node, operands: Sequence[Operand], target: CpuTarget) -> Kernel:
     """``table[x - min(dtype)]``."""
     x, table = operands
+    whole = x.type.shape and x.type.shape[-1] % WIDTH == 0
+    if target.byte_tables and table.type.dtype in ("int8", "uint8") and whole:
+        return _wide_lookup(node, operands)
 
     def element(code: Expr, entries: Buffer) -> Expr:
         return entries[minus(code, lowest(x.type.dtype), "int32")]
 
     return _elementwise(node, operands, element, [table.constant()])
+
+
+def _wide_lookup(node: Node, operands: Sequence[Operand]) -> Kernel:
+    """Look up whole vectors of codes."""
+    tirx = script()
+    x, table = operands
+    layout = Layout.matrix(x.type.shape)
+    function = Function(node, operands, layout)
+    with function.body():
+        codes = function.value(0, layout)
+        entries = function.constant(by_unsigned_code(table.constant(), x.type.dtype))
+        result = function.result()
+        with tirx.parallel(function.rows) as row, tirx.serial(layout.tail[0] // WIDTH) as vector:
+            place = tirx.ramp(vector * WIDTH, 1, WIDTH)
+            found = look_up(entries, tirx.reinterpret(codes[row, place], dtype=f"int8x{WIDTH}"))
+            tirx.buffer_store(result, tirx.reinterpret(found, dtype=f"{node.type.dtype}x{WIDTH}"), [row, place])
+    return function.kernel()
 
 
 def emit_quantize(node: Node, operands: Sequence[Operand], _target: CpuTarget) -> Kernel:
