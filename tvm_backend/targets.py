@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -35,7 +35,7 @@ class CpuTarget:
     mcpu: str
     mattr: tuple[str, ...] = ()
     features: tuple[str, ...] = ()
-    dot: str = "multiply-128"
+    dot: str = field(kw_only=True)
     byte_tables: bool = False
 
     @property
@@ -90,7 +90,7 @@ TARGETS: Mapping[str, CpuTarget] = MappingProxyType(
                 dot="vpdpbusd-512",
                 byte_tables=True,
             ),
-            CpuTarget("aarch64", "aarch64", "generic", ("+neon",)),
+            CpuTarget("aarch64", "aarch64", "generic", ("+neon",), dot="smull-128"),
             CpuTarget("aarch64-dotprod", "aarch64", "generic", ("+neon", "+dotprod"), ("asimddp",), dot="sdot-128"),
         )
     }

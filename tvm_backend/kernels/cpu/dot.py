@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import numpy as np
+
 from tvm_backend.kernels.cpu.arithmetic import cast, literal
 from tvm_backend.kernels.cpu.function import Buffer, Expr, local, script
 
@@ -28,14 +30,19 @@ class Dot:
         group: products that one step adds to each of them.
         left: element type of the left operand as the instruction reads it.
         accumulators: vectors of sums that fit the registers beside the operands.
-        intrinsic: LLVM's name of the instruction; None for multiplications and additions.
+        intrinsic: LLVM's name of the instruction, or of the last one where it takes two.
     """
 
     lanes: int
     group: int
     left: str
     accumulators: int
-    intrinsic: str | None
+    intrinsic: str
+
+    @property
+    def _word(self) -> str:
+        """Integer as wide as one group of left codes."""
+        return f"int{8 * self.group * np.dtype(self.left).itemsize}"
 
     def shift(self, dtype: str) -> int:
         """Return what is added to left codes of a type before the instruction reads them."""
@@ -55,26 +62,22 @@ class Dot:
         """Load ``group`` neighbouring codes, already converted, and repeat them for each lane.
 
         Args:
-            left: element type :attr:`left`, or any integers where ``group`` is 1.
+            left: element type :attr:`left`.
             index: of the first code; a multiple of ``group`` along the last axis.
         """
         tirx = script()
-        if self.group == 1:
-            return tirx.broadcast(cast(left[tuple(index)], "int32"), self.lanes)
         codes = left.vload(list(index), f"{left.dtype}x{self.group}")
-        return tirx.broadcast(tirx.reinterpret(codes, dtype="int32"), self.lanes)
+        return tirx.broadcast(tirx.reinterpret(codes, dtype=self._word), self.lanes)
 
     def multiply_add(self, sums: Expr, word: Expr, right: Expr) -> Expr:
         """Add ``group`` products to each lane.
 
         Args:
             sums: int32 x lanes.
-            word: int32 x lanes, what :meth:`word` returned.
+            word: what :meth:`word` returned.
             right: int8 x (lanes * group).
         """
         tirx = script()
-        if self.intrinsic is None:
-            return sums + word * cast(right, "int32", self.lanes)
         width = self.lanes * self.group
         identifier = tirx.llvm_lookup_intrinsic_id(self.intrinsic)
         dtype = f"int32x{self.lanes}"
@@ -83,12 +86,16 @@ class Dot:
             return sums + tirx.call_llvm_pure_intrin(identifier, codes, cast(right, "int16", width), dtype=dtype)
         # LLVM takes bytes here, not the int32 lanes of earlier versions.
         codes = tirx.reinterpret(word, dtype=f"int8x{width}")
+        if self.group == 2:
+            # A product of two int8 fits int16, a sum of two does not: neighbours are widened as they are added.
+            products = cast(codes, "int16", width) * cast(right, "int16", width)
+            return sums + tirx.call_llvm_pure_intrin(identifier, products, dtype=dtype)
         return tirx.call_llvm_pure_intrin(identifier, sums, codes, right, dtype=dtype)
 
     def column_sums(self, sums: Expr, right: Expr) -> Expr:
         """Add the codes of each column of ``right`` to its lane."""
-        ones = {4: 0x01010101, 2: 0x00010001, 1: 1}[self.group]
-        return self.multiply_add(sums, literal(ones, "int32", self.lanes), right)
+        ones = int.from_bytes(np.ones(self.group, self.left).tobytes(), "little")
+        return self.multiply_add(sums, literal(ones, self._word, self.lanes), right)
 
 
 #: Instruction family, as :attr:`tvm_backend.targets.CpuTarget.dot` names it.
@@ -100,7 +107,7 @@ DOTS: Mapping[str, Dot] = MappingProxyType(
         "pmaddwd-256": Dot(8, 2, "int16", 12, "llvm.x86.avx2.pmadd.wd"),
         "pmaddwd-128": Dot(4, 2, "int16", 12, "llvm.x86.sse2.pmadd.wd"),
         "sdot-128": Dot(4, 4, "int8", 24, "llvm.aarch64.neon.sdot.v4i32.v16i8"),
-        "multiply-128": Dot(4, 1, "int16", 16, None),
+        "smull-128": Dot(4, 2, "int8", 24, "llvm.aarch64.neon.saddlp.v4i32.v8i16"),
     }
 )
 

@@ -151,7 +151,7 @@ def pack_rows(packed: Packed, source: Buffer, index: Index, item: Expr) -> None:
     def store(column: Expr, group: Expr, count: int) -> None:
         place = [item, column // lanes, group]
         lane = (column % lanes) * size
-        if count == size and size > 1:
+        if count == size:
             codes = packed.signed(source.vload(index(column, group * size), f"{source.dtype}x{size}"), size)
             tirx.buffer_store(packed.codes, codes, [*place, tirx.ramp(lane, 1, size)])
             return
@@ -170,8 +170,7 @@ def pack_rows(packed: Packed, source: Buffer, index: Index, item: Expr) -> None:
         column = packed.columns + extra
         zeros = literal(0, "int8", size)
         lane = (column % lanes) * size
-        position = tirx.ramp(lane, 1, size) if size > 1 else lane
-        tirx.buffer_store(packed.codes, zeros, [item, column // lanes, group, position])
+        tirx.buffer_store(packed.codes, zeros, [item, column // lanes, group, tirx.ramp(lane, 1, size)])
 
 
 def pack_columns(packed: Packed, source: Buffer, index: Index, item: Expr) -> None:
@@ -210,8 +209,6 @@ def pack_columns(packed: Packed, source: Buffer, index: Index, item: Expr) -> No
 def _interleave(rows: Sequence[Expr], size: int, lanes: int) -> Expr:
     """Return bytes ``row0[0], row1[0], ..., row0[1], ...``; rows that are not there are zeros."""
     tirx = script()
-    if size == 1:
-        return rows[0]
     wide = f"uint{8 * size}"
     word = None
     for offset, row in enumerate(rows):

@@ -29,7 +29,7 @@ class Panel:
         self._dot, self._codes, self._index, self._dtype, self._depth = dot, codes, index, dtype, depth
         self._padded = -(-depth // dot.group) * dot.group
         self._copy: Buffer | None = None
-        if dot.group > 1 and (dtype != dot.left or depth != self._padded):
+        if dtype != dot.left or depth != self._padded:
             self._copy = script().alloc_buffer((rows, self._padded), dot.left, scope="global")
 
     def fill(self, rows: Sequence[Expr]) -> Callable[[int, Expr], Expr]:
