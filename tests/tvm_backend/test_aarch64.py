@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import support.aarch64_run
 import torch
+from support.attention import Shape, attention_program, mlp_program
 from support.programs import random_block, random_images
 from support.published_programs import random_published_block
 
@@ -26,7 +27,7 @@ from tvm_backend.build import build
 from tvm_backend.bundle import Bundle, save_bundle
 from tvm_backend.targets import TARGETS
 
-pytestmark = pytest.mark.tvm
+pytestmark = [pytest.mark.tvm, pytest.mark.slow]
 
 SYSROOT = Path(sys.prefix) / "aarch64"
 QEMU = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
@@ -40,6 +41,10 @@ PROGRAMS = {
     "apart": lambda: random_block(0),
     "whole-vectors": lambda: random_block(3, tokens=18, heads=2, head_dim=32, patch=3, probabilities=False),
     "published": lambda: random_published_block(1, tokens=7, heads=2, head_dim=9),
+    "biased-attention": lambda: attention_program(Shape(tokens=17, heads=2, head_dim=31, seed=6)),
+    "attention": lambda: attention_program(Shape(tokens=65, heads=1, head_dim=16, seed=5)),
+    "3-bit-mlp": lambda: mlp_program(Shape(tokens=7, heads=2, head_dim=31, seed=2)),
+    "4-bit-mlp": lambda: mlp_program(Shape(tokens=13, heads=1, head_dim=48, seed=6)),
 }
 BATCHES = (1, 3)
 #: Instructions that compute with floats or convert them; a move through a float register is none, nor is fneg,
@@ -69,7 +74,8 @@ def bundles(target, programs) -> dict[str, Bundle]:
 
 
 def images_of(program: IntegerProgram, batch: int) -> np.ndarray:
-    return random_images(program, batch, seed=batch)
+    # Whole ranges of codes also where their scale is 1.
+    return random_images(program, batch, seed=batch) * np.float32(30)
 
 
 @pytest.fixture(scope="module")
