@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+PEAK_MEASUREMENTS = 4
+
 
 def profile_kernels(program: Any, images: Any, rounds: int) -> dict[str, Any]:
     """Time the kernels of a loaded program, and the peak in the same process.
@@ -26,7 +28,9 @@ def profile_kernels(program: Any, images: Any, rounds: int) -> dict[str, Any]:
     from tvm_backend.profile import int8_peak, profile  # noqa: PLC0415 - other workers need no TVM
 
     kernels = [asdict(kernel) for kernel in profile(program, images, rounds=rounds)]
-    return {"kernels": kernels, "peak": int8_peak(program.bundle.target, program.threads)}
+    # A peak is the most that was seen; a disturbance can only lower it.
+    peak = max(int8_peak(program.bundle.target, program.threads) for _ in range(PEAK_MEASUREMENTS))
+    return {"kernels": kernels, "peak": peak}
 
 
 @dataclass(frozen=True, slots=True)

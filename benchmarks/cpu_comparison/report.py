@@ -12,6 +12,8 @@ from .processes import is_disturbed
 
 #: Share of disturbed turns from which on a reader has to know.
 WORTH_A_WARNING = 0.1
+#: No kernel is faster than the peak, but for noise.
+MOST_CREDIBLE = 1.05
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -166,6 +168,8 @@ def _kernel_table(title: str, cell: dict[str, Any], profile: dict[str, Any]) -> 
         f"measured in the same process, {profile['peak'] / 1e12:.3f} T multiply-adds a second "
         f"(kernels alone: {sum(kind.ms for kind in kinds):.2f} ms)."
     )
+    if any(kind.of_peak > MOST_CREDIBLE for kind in kinds):
+        summary += " **Kernels above the peak: it was measured too low, do not trust the floor.**"
     if is_disturbed(profile):
         summary += f" **Disturbed: other processes used {profile['foreign']:.2f} processors meanwhile.**"
     header = ["kernel", "calls", "ms", "share", "M multiply-adds", "of int8 peak"]

@@ -126,6 +126,13 @@ def test_the_kernels_have_shares_and_a_floor() -> None:
     assert "| norm | 4 | 2.000 | 50.0 % |  |  |" in text
 
 
+def test_a_peak_below_the_kernels_is_not_credible() -> None:
+    results = copy.deepcopy(RESULTS)
+    assert "do not trust the floor" not in markdown(results)
+    results["networks"]["deit-s"]["cells"][0]["kernels"]["peak"] = 4e10
+    assert "it was measured too low, do not trust the floor" in markdown(results)
+
+
 def test_why_there_is_no_kernel_table_is_said_once() -> None:
     results = copy.deepcopy(RESULTS)
     cells = results["networks"]["deit-s"]["cells"]
