@@ -4,8 +4,9 @@
 
 Formats: w8a8, w6a6, w4a8, w4a4 and w3a3 as ``ptq.quantize`` makes them, and w4a4 with the probabilities and the GELU
 outputs in 16 levels of a non-uniform format: powers of two (log2), of the square root of two (log-sqrt2, RepQ-ViT,
-arXiv 2212.08254), powers of 2^(-q/37) (AdaLog, arXiv 2407.12951, q = 20) and a tangent compander. In an integer program such a format is a table of 8-bit levels, so the variants replace the tables of the w4a4 program; the accuracy
-of the formats is not the subject here.
+arXiv 2212.08254), of 2^(-q/37) (AdaLog, arXiv 2407.12951, q = 20), and a tangent compander. In an integer program such
+a format is a table of 8-bit levels, so the variants replace the tables of the w4a4 program; the accuracy of the formats
+is not the subject here.
 
 Every answer is compared with the interpreter, bit for bit, before anything is timed.
 """

@@ -35,6 +35,15 @@ def local(length: int, dtype: str) -> Buffer:
     return script().alloc_buffer((length,), dtype, scope="global")
 
 
+def prefetch_line(address: Expr) -> None:
+    """Emit a request for a cache line that will be read soon; any address is allowed."""
+    tirx = script()
+    # LLVM's numbers: to read, into the nearest cache, data.
+    read, nearest, data = (import_tvm("tvm.tirx").const(value, "int32") for value in (0, 3, 1))
+    identifier = tirx.llvm_lookup_intrinsic_id("llvm.prefetch")
+    tirx.evaluate(tirx.call_llvm_intrin(identifier, address, read, nearest, data, dtype="void"))
+
+
 class Function:
     """Collects the arguments of one kernel while its body is written.
 

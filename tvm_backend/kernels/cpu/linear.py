@@ -10,10 +10,11 @@ import numpy as np
 from quantizers.integer.program import Node
 from tvm_backend.kernels.cpu.dot import DOTS, Tile
 from tvm_backend.kernels.cpu.epilogue import Epilogue, Finisher
-from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, script
+from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, prefetch_line, script
 from tvm_backend.kernels.cpu.narrow_weights import Spread, narrow, needed_bits
 from tvm_backend.kernels.cpu.panel import Panel
 from tvm_backend.kernels.kernel import Array, Kernel, Layout, Operand
+from tvm_backend.schedule import ALIGNMENT
 from tvm_backend.targets import CpuTarget
 
 #: Row tiles that one task works through, at most, with the same columns of the weight: few enough to share the work
@@ -42,7 +43,10 @@ def pad_columns(vector: Array, tile: Tile, count: int) -> Array:
 class _Weights:
     """The packed weights of a task's column tile: where they are stored, or spread to bytes."""
 
-    def __init__(self, tile: Tile, stored: Buffer, bits: int, count: int, column_tile: Expr) -> None:
+    def __init__(self, tile: Tile, stored: Buffer, bits: int, count: int, column_tile: Expr, tiles: int) -> None:
+        # Where memory is slower than the products, the first pass over a tile would wait for it.
+        self._next = script().min(column_tile + 1, tiles - 1)
+        self._bytes = count * bits // 8
         self._length = tile.dot.lanes * tile.dot.group
         self._width = tile.vectors * self._length
         self._stored, self._column_tile = stored, column_tile
@@ -56,6 +60,15 @@ class _Weights:
         if self._spread is not None:
             return self._spread.codes.vload([group * self._width + vector * self._length], kind)
         return self._stored.vload([self._column_tile, group, vector * self._length], kind)
+
+    def prefetch(self, row_tile: Expr, group: Expr, groups: int) -> None:
+        """Ask for one cache line of the next column tile; the first row tiles together ask for all of it."""
+        tirx = script()
+        last = -(-self._bytes // (groups * ALIGNMENT)) - 1
+        line = tirx.min(row_tile, last) * groups + group
+        start = [0] * (len(self._stored.shape) - 2)
+        address = tirx.address_of(self._stored[(self._next, *start, line * ALIGNMENT)])
+        prefetch_line(address)
 
 
 @dataclass(frozen=True)
@@ -71,9 +84,10 @@ class _Task:
     rows: Expr
     finisher: Finisher
 
-    def run(self, first_row: Expr, column_tile: Expr, columns: int) -> None:
+    def run(self, row_tile: Expr, column_tile: Expr, columns: int) -> None:
         """Compute and store the first ``columns`` columns of one tile."""
         tirx, tile = script(), self.tile
+        first_row, groups = row_tile * tile.rows, tile.groups(self.depth)
         # Rows beyond the end repeat the last one, and store the same numbers again.
         rows = [tirx.min(first_row + i, self.rows - 1) for i in range(tile.rows)]
         sums = tile.accumulators()
@@ -84,7 +98,8 @@ class _Task:
                 start = self.bias[tirx.ramp(column_tile * tile.width + v * lanes, 1, lanes)]
                 tirx.buffer_store(partial, start, [tile.lane(v)])
         read = self.panel.fill(rows)
-        with tirx.serial(tile.groups(self.depth)) as group:
+        with tirx.serial(groups) as group:
+            self.weights.prefetch(row_tile, group, groups)
             for i, partial in enumerate(sums):
                 word = read(i, group)
                 for v in used:
@@ -133,18 +148,18 @@ def emit_linear(node: Node, operands: Sequence[Operand], target: CpuTarget, epil
         rest = count - (tiles - 1) * tile.width
         with tirx.parallel(chunks * tiles) as index:
             column_tile = index // chunks
-            loader = _Weights(tile, stored, bits, packed[0].size, column_tile)
+            loader = _Weights(tile, stored, bits, packed[0].size, column_tile, tiles)
             panel = Panel(dot, codes, lambda row, k: [row, k], x.type.dtype, depth, tile.rows)
             task = _Task(tile, depth, panel, loader, starts, result, function.rows, finisher)
             with tirx.serial(per_task) as step:
-                first_row = ((index % chunks) * per_task + step) * tile.rows
-                with tirx.If(first_row < function.rows), tirx.Then():
+                row_tile = (index % chunks) * per_task + step
+                with tirx.If(row_tile < row_tiles), tirx.Then():
                     if rest == tile.width:
-                        task.run(first_row, column_tile, tile.width)
+                        task.run(row_tile, column_tile, tile.width)
                     else:
                         with tirx.If(column_tile < tiles - 1):
                             with tirx.Then():
-                                task.run(first_row, column_tile, tile.width)
+                                task.run(row_tile, column_tile, tile.width)
                             with tirx.Else():
-                                task.run(first_row, column_tile, rest)
+                                task.run(row_tile, column_tile, rest)
     return function.kernel()
