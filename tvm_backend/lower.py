@@ -114,10 +114,16 @@ class _Writer:
         lifetimes = {
             step.name: Lifetime(self._bytes(step), number, last[step.name]) for number, step in enumerate(steps)
         }
+        for number, step in enumerate(steps):
+            if step.kernel.flags is not None:
+                lifetimes[_flags(step)] = Lifetime(4 * step.kernel.flags.rows, number, len(steps))
         self._positions, total = schedule.allocate(lifetimes)
         calls = tuple(self._call(step) for step in steps)
         results = tuple(self._argument(value, Layout.natural(self._shape(value))) for _, value in self._program.outputs)
-        return Lowered(self._functions.module(), Schedule(calls, results, total), tuple(self._pool.arrays))
+        checks = tuple(
+            (self._inputs[step.inputs[0]], flags) for step in steps if (flags := self._flags_argument(step)) is not None
+        )
+        return Lowered(self._functions.module(), Schedule(calls, results, checks, total), tuple(self._pool.arrays))
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return self._plan.values[name].type.shape
@@ -136,7 +142,14 @@ class _Writer:
         result = self._argument(step.name, step.kernel.layout)
         name = step.operators.split("+", maxsplit=1)[0]
         symbol = self._functions.add(name, step.kernel.function)
-        return Call(symbol, step.name, step.operators, step.macs, (*arguments, result))
+        flags = self._flags_argument(step)
+        written = (result,) if flags is None else (flags, result)
+        return Call(symbol, step.name, step.operators, step.macs, (*arguments, *written))
+
+    def _flags_argument(self, step: Step) -> schedule.Argument | None:
+        if step.kernel.flags is None:
+            return None
+        return schedule.Argument(ARENA, self._positions[_flags(step)], "int32", step.kernel.flags.rows, ())
 
     def _constant(self, array: Array) -> schedule.Argument:
         rows, *tail = array.shape
@@ -152,3 +165,8 @@ class _Writer:
         if source in self._inputs:
             return schedule.Argument(INPUT, self._inputs[source], operand.type.dtype, layout.rows, layout.tail)
         return schedule.Argument(ARENA, self._positions[source], operand.type.dtype, layout.rows, layout.tail)
+
+
+def _flags(step: Step) -> str:
+    # No value of a program has this name: its step's is taken.
+    return f"{step.name} flags"

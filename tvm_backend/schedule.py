@@ -60,11 +60,13 @@ class Schedule:
     Args:
         calls: in order.
         outputs: where the results lie in the arena.
+        checks: number of an input and where the flags lie, not all 0 if it holds NaN or infinity.
         arena_bytes: size of the arena for a batch of one.
     """
 
     calls: tuple[Call, ...]
     outputs: tuple[Argument, ...]
+    checks: tuple[tuple[int, Argument], ...]
     arena_bytes: int
 
 
@@ -111,6 +113,7 @@ def to_json(schedule: Schedule) -> dict[str, Any]:
     return {
         "arena_bytes": schedule.arena_bytes,
         "outputs": [_argument(argument) for argument in schedule.outputs],
+        "checks": [[index, _argument(argument)] for index, argument in schedule.checks],
         "calls": [
             [call.function, call.value, call.operators, call.macs, [_argument(argument) for argument in call.arguments]]
             for call in schedule.calls
@@ -130,6 +133,7 @@ def from_json(document: Mapping[str, Any]) -> Schedule:
             for function, value, operators, macs, arguments in document["calls"]
         ),
         outputs=_arguments(document["outputs"]),
+        checks=tuple((_count(index), _arguments([argument])[0]) for index, argument in document["checks"]),
         arena_bytes=_count(document["arena_bytes"]),
     )
 

@@ -69,8 +69,11 @@ class Kernel:
         function: ``tirx.PrimFunc``; takes the arguments, then the result.
         arguments: operands of the node, and constants prepared for this kernel.
         layout: layout of the result.
+        flags: layout of an int32 array that the function takes before the result, if it does, and in which it writes
+            anything but 0 where it met NaN or infinity.
     """
 
     function: Any
     arguments: tuple[Argument | Array, ...] = field(repr=False)
     layout: Layout
+    flags: Layout | None = None

@@ -18,11 +18,16 @@ from tvm_backend.kernels.cpu.arithmetic import (
     shift_round,
 )
 from tvm_backend.kernels.cpu.byte_table import WIDTH, by_unsigned_code, look_up
-from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, script
+from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, local, script
+from tvm_backend.kernels.cpu.rescale import clip
 from tvm_backend.kernels.kernel import Array, Kernel, Layout, Operand
 from tvm_backend.targets import CpuTarget
 
 Element = Callable[..., Expr]
+#: Pixels of a vector.
+_LANES = 16
+#: Bits of a float32 that are all set in infinity and NaN only.
+_EXPONENT = 0x7F800000
 
 
 def broadcast_row(row: Expr, lead: tuple[int, ...], own: tuple[int, ...], *, batched: bool) -> Expr:
@@ -131,20 +136,54 @@ def _wide_lookup(node: Node, operands: Sequence[Operand]) -> Kernel:
 
 
 def emit_quantize(node: Node, operands: Sequence[Operand], _target: CpuTarget) -> Kernel:
-    """``saturate(round_half_even(x / scale))``, float32 division."""
+    """``saturate(round_half_even(x / scale))``, float32 division; flags rows with NaN or infinity."""
+    tirx = script()
+    layout = Layout.matrix(operands[0].type.shape)
+    function = Function(node, operands, layout)
+    with function.body():
+        image = function.value(0, layout)
+        # The scale is an argument, not a literal: TVM turns a division by a literal into a multiplication by
+        # its reciprocal, which rounds differently.
+        scale = function.constant(np.array([node.real("scale")], np.float32))
+        flags, result = function.flags(), function.result()
+        whole, rest = divmod(layout.tail[0], _LANES)
+        with tirx.parallel(function.rows) as row:
+            wide, flag = local(_LANES, "int32"), local(1, "int32")
+            every = tirx.ramp(0, 1, _LANES)
+            tirx.buffer_store(wide, literal(0, "int32", _LANES), [every])
+            tirx.buffer_store(flag, literal(0, "int32"), [0])
+            with tirx.serial(whole) as vector:
+                place = tirx.ramp(vector * _LANES, 1, _LANES)
+                found = tirx.bitwise_or(wide[every], _not_finite(image[row, place], _LANES))
+                tirx.buffer_store(wide, found, [every])
+                codes = _door(node, image[row, place], tirx.broadcast(scale[0], _LANES), _LANES)
+                tirx.buffer_store(result, codes, [row, place])
+            with tirx.serial(rest) as column:
+                at = whole * _LANES + column
+                tirx.buffer_store(flag, tirx.bitwise_or(flag[0], _not_finite(image[row, at], 1)), [0])
+                tirx.buffer_store(result, _door(node, image[row, at], scale[0], 1), [row, at])
+            reduce = tirx.llvm_lookup_intrinsic_id("llvm.vector.reduce.or")
+            together = tirx.call_llvm_pure_intrin(reduce, wide[every], dtype="int32")
+            tirx.buffer_store(flags, tirx.bitwise_or(together, flag[0]), [row])
+    return function.kernel()
+
+
+def _not_finite(x: Expr, lanes: int) -> Expr:
+    """Return int32 lanes that are 1 where all bits of the exponent are set, else 0."""
+    tirx = script()
+    dtype = f"int32x{lanes}" if lanes > 1 else "int32"
+    exponent = tirx.bitwise_and(tirx.reinterpret(x, dtype=dtype), literal(_EXPONENT, "int32", lanes))
+    return cast(exponent == literal(_EXPONENT, "int32", lanes), "int32", lanes)
+
+
+def _door(node: Node, x: Expr, scale: Expr, lanes: int) -> Expr:
     tirx = script()
     limit = float(2**24)
-
-    def element(x: Expr, scale: Buffer) -> Expr:
-        # nearbyint rounds by the current mode, to nearest even unless the process changed it; "round"
-        # would round ties away from zero.
-        codes = tirx.nearbyint(x / scale[0])
-        clipped = tirx.max(tirx.min(codes, literal(limit, "float32")), literal(-limit, "float32"))
-        return saturate(cast(clipped, "int64"), node)
-
-    # The scale is an argument, not a literal: TVM turns a division by a literal into a multiplication by
-    # its reciprocal, which rounds differently.
-    return _elementwise(node, operands, element, [np.array([node.real("scale")], np.float32)])
+    # nearbyint rounds by the current mode, to nearest even unless the process changed it; "round"
+    # would round ties away from zero.
+    codes = tirx.nearbyint(x / scale)
+    clipped = tirx.max(tirx.min(codes, literal(limit, "float32", lanes)), literal(-limit, "float32", lanes))
+    return clip(cast(clipped, "int32", lanes), node, lanes)
 
 
 def emit_dequantize(node: Node, operands: Sequence[Operand], _target: CpuTarget) -> Kernel:

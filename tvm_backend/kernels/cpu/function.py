@@ -61,7 +61,7 @@ class Function:
         self._dtype = dtype or node.type.dtype
         self._name = node.op
         self._function: Any = None
-        self._builder: Any = None
+        self._flags: Layout | None = None
         #: Leading extent of the result: ``batch * layout.rows``.
         self.rows: Expr = self._extent("m")
 
@@ -92,6 +92,11 @@ class Function:
         buffer = script().Buffer(tuple(shape), dtype, align=alignment)
         return script().arg(f"a{len(self._arguments)}", buffer)
 
+    def flags(self) -> Buffer:
+        """Declare an int32 for each row, in which the kernel says what it refuses; just before the result."""
+        self._flags = Layout(self._layout.rows, ())
+        return script().arg("flags", script().Buffer((self.rows,), "int32", align=ALIGNMENT))
+
     def result(self) -> Buffer:
         """Declare the result, after all other arguments."""
         return script().arg("result", script().Buffer((self.rows, *self._layout.tail), self._dtype))
@@ -110,4 +115,4 @@ class Function:
 
     def kernel(self) -> Kernel:
         """Return the finished kernel."""
-        return Kernel(self._function, tuple(self._arguments), self._layout)
+        return Kernel(self._function, tuple(self._arguments), self._layout, self._flags)
