@@ -20,7 +20,8 @@ from tvm_backend.kernels.cpu.arithmetic import literal
 from tvm_backend.kernels.cpu.dot import DOTS, Tile
 from tvm_backend.kernels.cpu.function import Function, script
 from tvm_backend.kernels.kernel import Layout
-from tvm_backend.runtime import CompiledProgram, aligned
+from tvm_backend.memory import aligned
+from tvm_backend.runtime import CompiledProgram
 from tvm_backend.targets import NATIVE, CpuTarget, get_target
 from tvm_backend.threads import check_threads, set_threads
 

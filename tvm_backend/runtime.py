@@ -17,7 +17,8 @@ from quantizers.errors import ArtifactError
 from quantizers.integer.inputs import check_finite, check_inputs
 from tvm_backend.bundle import LIBRARY, Bundle, load_bundle
 from tvm_backend.imports import import_runtime, tvm_version
-from tvm_backend.schedule import ALIGNMENT, ARENA, CONSTANT, INPUT, Argument
+from tvm_backend.memory import allocate, gather
+from tvm_backend.schedule import ARENA, CONSTANT, INPUT, Argument
 from tvm_backend.targets import check_runnable
 from tvm_backend.threads import check_threads, set_threads
 
@@ -72,7 +73,7 @@ class CompiledProgram:
             path = Path(scratch) / LIBRARY
             path.write_bytes(bundle.library)
             self._library = runtime.load_module(str(path))
-        self._constants = [aligned(array) for array in bundle.constants]
+        self._constants = gather(bundle.constants)
         self._expected = [(np.dtype(kind.dtype), kind.shape) for _, kind in bundle.inputs]
         self._prepared: dict[int, _Prepared] = {}
         self._arena: Array = np.empty(0, np.uint8)
@@ -136,7 +137,7 @@ class CompiledProgram:
             needed = batch * self.bundle.schedule.arena_bytes
             if needed > self._arena.nbytes:
                 self._prepared.clear()
-                self._arena = _empty(needed)
+                self._arena = allocate(needed)
             self._prepared[batch] = self._bind(batch)
         return self._prepared[batch]
 
@@ -178,22 +179,6 @@ def load(directory: Path | str, threads: int | None = None) -> CompiledProgram:
     return CompiledProgram(load_bundle(directory), threads)
 
 
-def _empty(size: int) -> Array:
-    """Return bytes that start on a cache line."""
-    raw = np.empty(size + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + size]
-
-
 def _is_plain(array: Array) -> bool:
     """Whether an array's elements are in order, and it can be lent out: a read-only array cannot."""
     return array.flags.c_contiguous and array.flags.writeable
-
-
-def aligned(array: Array) -> Array:
-    """Return an array whose elements are in order and start on a cache line: itself, or a copy."""
-    if _is_plain(array) and array.ctypes.data % ALIGNMENT == 0:
-        return array
-    copy = _empty(array.nbytes).view(array.dtype).reshape(array.shape)
-    np.copyto(copy, array)
-    return copy

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from quantizers.integer.program import Node
+from tvm_backend.imports import import_tvm
 from tvm_backend.kernels.cpu.dot import DOTS, Tile
 from tvm_backend.kernels.cpu.epilogue import Epilogue, Finisher
 from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, prefetch_line, script
@@ -21,6 +22,10 @@ from tvm_backend.targets import CpuTarget
 #: evenly, and enough that spreading a narrow weight, once a task, costs little.
 _TILES_PER_TASK = 8
 _TILES_PER_SPREAD = 20
+#: Row tiles from which on a thread goes through all columns of its rows, as the kernels before and after do,
+#: so that it reads what it wrote itself. With fewer it goes through all rows of its columns: reading all weights on
+#: every processor would cost more than the exchange of activations.
+_MANY_TILES = 128
 
 
 def pack(weight: Array, tile: Tile) -> Array:
@@ -45,7 +50,7 @@ class _Weights:
 
     def __init__(self, tile: Tile, stored: Buffer, bits: int, count: int, column_tile: Expr, tiles: int) -> None:
         # Where memory is slower than the products, the first pass over a tile would wait for it.
-        self._next = script().min(column_tile + 1, tiles - 1)
+        self._next = (column_tile + 1) % tiles
         self._bytes = count * bits // 8
         self._length = tile.dot.lanes * tile.dot.group
         self._width = tile.vectors * self._length
@@ -61,11 +66,11 @@ class _Weights:
             return self._spread.codes.vload([group * self._width + vector * self._length], kind)
         return self._stored.vload([self._column_tile, group, vector * self._length], kind)
 
-    def prefetch(self, row_tile: Expr, group: Expr, groups: int) -> None:
+    def prefetch(self, place: Expr, group: Expr, groups: int) -> None:
         """Ask for one cache line of the next column tile; the first row tiles together ask for all of it."""
         tirx = script()
         last = -(-self._bytes // (groups * ALIGNMENT)) - 1
-        line = tirx.min(row_tile, last) * groups + group
+        line = tirx.min(place, last) * groups + group
         start = [0] * (len(self._stored.shape) - 2)
         address = tirx.address_of(self._stored[(self._next, *start, line * ALIGNMENT)])
         prefetch_line(address)
@@ -84,8 +89,15 @@ class _Task:
     rows: Expr
     finisher: Finisher
 
-    def run(self, row_tile: Expr, column_tile: Expr, columns: int) -> None:
-        """Compute and store the first ``columns`` columns of one tile."""
+    def run(self, row_tile: Expr, place: Expr, column_tile: Expr, columns: int) -> None:
+        """Compute and store the first ``columns`` columns of one tile.
+
+        Args:
+            row_tile: number of the tile of rows.
+            place: how many tiles of rows this thread has multiplied with the same columns before.
+            column_tile: number of the tile of columns.
+            columns: how many exist.
+        """
         tirx, tile = script(), self.tile
         first_row, groups = row_tile * tile.rows, tile.groups(self.depth)
         # Rows beyond the end repeat the last one, and store the same numbers again.
@@ -99,7 +111,7 @@ class _Task:
                 tirx.buffer_store(partial, start, [tile.lane(v)])
         read = self.panel.fill(rows)
         with tirx.serial(groups) as group:
-            self.weights.prefetch(row_tile, group, groups)
+            self.weights.prefetch(place, group, groups)
             for i, partial in enumerate(sums):
                 word = read(i, group)
                 for v in used:
@@ -142,24 +154,27 @@ def emit_linear(node: Node, operands: Sequence[Operand], target: CpuTarget, epil
         finisher = Finisher(epilogue, function, count, tiles * tile.width, dot.lanes, target)
         result = function.result()
         row_tiles = (function.rows + (tile.rows - 1)) // tile.rows
+        choose = import_tvm("tvm.tirx").Select
+        by_rows = row_tiles >= _MANY_TILES
         most = _TILES_PER_TASK if bits == 8 else _TILES_PER_SPREAD
         chunks = (row_tiles + (most - 1)) // most
         per_task = (row_tiles + (chunks - 1)) // chunks
         rest = count - (tiles - 1) * tile.width
         with tirx.parallel(chunks * tiles) as index:
-            column_tile = index // chunks
+            chunk = choose(by_rows, index // tiles, index % chunks)
+            column_tile = choose(by_rows, index % tiles, index // chunks)
             loader = _Weights(tile, stored, bits, packed[0].size, column_tile, tiles)
             panel = Panel(dot, codes, lambda row, k: [row, k], x.type.dtype, depth, tile.rows)
             task = _Task(tile, depth, panel, loader, starts, result, function.rows, finisher)
             with tirx.serial(per_task) as step:
-                row_tile = (index % chunks) * per_task + step
+                row_tile = chunk * per_task + step
                 with tirx.If(row_tile < row_tiles), tirx.Then():
                     if rest == tile.width:
-                        task.run(row_tile, column_tile, tile.width)
+                        task.run(row_tile, choose(by_rows, step, row_tile), column_tile, tile.width)
                     else:
                         with tirx.If(column_tile < tiles - 1):
                             with tirx.Then():
-                                task.run(row_tile, column_tile, tile.width)
+                                task.run(row_tile, choose(by_rows, step, row_tile), column_tile, tile.width)
                             with tirx.Else():
-                                task.run(row_tile, column_tile, rest)
+                                task.run(row_tile, choose(by_rows, step, row_tile), column_tile, rest)
     return function.kernel()
