@@ -149,6 +149,20 @@ def test_linear_with_extreme_weights_and_odd_sizes(dtype, target, check):
 
 
 @pytest.mark.parametrize("target", ["native", "x86-64"])
+def test_linear_with_many_rows_shares_them_otherwise(target, check):
+    # From 768 to 1536 rows on, by the height of the target's tile, threads keep to their rows.
+    rng = np.random.default_rng(8)
+    b = ProgramBuilder(520, WIDTH)
+    x = codes(b, "int8", 520, WIDTH)
+    outputs = []
+    for half in (128, 8):
+        weight = rng.integers(-half, half, (150, WIDTH)).astype(np.int8)
+        weight[0], bias = -half, rng.integers(-1000, 1000, 150).astype(np.int32)
+        outputs.append(b.node("linear", (x, b.constant(weight), b.constant(bias)), "int32", (520, 150)))
+    run(b, outputs, check, target)
+
+
+@pytest.mark.parametrize("target", ["native", "x86-64"])
 @pytest.mark.parametrize("bits", [3, 4])
 def test_linear_with_narrow_weights(bits, target, check):
     rng = np.random.default_rng(7)

@@ -20,6 +20,7 @@ BLOCKS = [
     {"seed": 2, "tokens": 18, "heads": 1, "head_dim": 32},
     {"seed": 3, "tokens": 17, "heads": 3, "head_dim": 48, "patch": 3},
     {"seed": 4, "tokens": 70, "heads": 2, "head_dim": 64},
+    {"seed": 5, "tokens": 197, "heads": 1, "head_dim": 16},
 ]
 TARGETS = list(CPU_TARGETS)
 
