@@ -176,11 +176,12 @@ class _Writer:
         lanes = dot.lanes
         read = panel.fill(at)
         zero_right = keys.zero_points(rule.scores, self.operands[0].type.dtype)[1]
+        terms = keys.row_terms(read, _ROWS, zero_right)
         head = item % count
         for first, tiles, width in even_runs(self.score_vectors, dot.accumulators // _ROWS):
             with tirx.serial(tiles) as tile:
                 vector = first + tile * width
-                totals = keys.multiply(item, vector, width, read, _ROWS, zero_right)
+                totals = keys.multiply(item, vector, width, read, _ROWS, terms)
                 for i, (row, vectors) in enumerate(zip(at, totals, strict=True)):
                     codes = [self._coded(value, head, row, (vector + v) * lanes) for v, value in enumerate(vectors)]
                     joined = join(codes, lanes)
@@ -288,11 +289,12 @@ class _Writer:
         read = panel.fill(list(range(_ROWS)))
         zero_right = values.zero_points(self.rule.product, "uint8")[1]
         beyond = (values.groups * dot.group - self.keys) * dot.shift("uint8")
+        terms = values.row_terms(read, _ROWS, zero_right, beyond)
         place = self._index(self.rule.result, item, count)
         for first, tiles, width in even_runs(self.channel_vectors, dot.accumulators // _ROWS):
             with tirx.serial(tiles) as tile:
                 vector = first + tile * width
-                totals = values.multiply(item, vector, width, read, _ROWS, zero_right, beyond)
+                totals = values.multiply(item, vector, width, read, _ROWS, terms)
                 for i, vectors in enumerate(totals):
                     codes = [self._divided(v, reciprocals[i], lanes) for v in vectors]
                     joined = join(codes, lanes)

@@ -96,8 +96,7 @@ class Packed:
         width: int,
         read: Callable[[int, Expr], Expr],
         rows: int,
-        zero_right: int,
-        beyond: int = 0,
+        terms: Sequence[Buffer],
     ) -> list[list[Expr]]:
         """Emit the product of a tile and return its sums, a list of vectors for each row.
 
@@ -107,36 +106,51 @@ class Packed:
             width: vectors.
             read: loads the word of a row and group of the left operand.
             rows: rows of the tile.
-            zero_right: what :meth:`zero_points` returned for this operand.
-            beyond: sum of the left codes that stand beyond the end of the reduction.
+            terms: what :meth:`row_terms` returned for these rows.
         """
         tirx, lanes = script(), self.dot.lanes
         sums = [local(width * lanes, "int32") for _ in range(rows)]
         at = [tirx.ramp(v * lanes, 1, lanes) for v in range(width)]
-        row_sums = [local(lanes, "int32") for _ in range(rows)] if zero_right else []
-        every = tirx.ramp(0, 1, lanes)
         for partial in sums:
             for v in range(width):
                 start = self.starts[item, tirx.ramp((first + v) * lanes, 1, lanes)]
                 tirx.buffer_store(partial, start, [at[v]])
-        for partial in row_sums:
-            tirx.buffer_store(partial, literal(0, "int32", lanes), [every])
-        ones = literal(1, "int8", lanes * self.dot.group)
         with tirx.serial(self.groups) as group:
             for i, partial in enumerate(sums):
                 word = read(i, group)
                 for v in range(width):
                     codes = self._load(item, first + v, group)
                     tirx.buffer_store(partial, self.dot.multiply_add(partial[at[v]], word, codes), [at[v]])
-                if zero_right:
-                    tirx.buffer_store(row_sums[i], self.dot.multiply_add(row_sums[i][every], word, ones), [every])
-        if not zero_right:
+        if not terms:
             return [[partial[index] for index in at] for partial in sums]
-        factor, extra = literal(zero_right, "int32", lanes), literal(beyond, "int32", lanes)
-        return [
-            [partial[index] - (row[every] - extra) * factor for index in at]
-            for partial, row in zip(sums, row_sums, strict=True)
-        ]
+        every = tirx.ramp(0, 1, lanes)
+        return [[partial[index] - term[every] for index in at] for partial, term in zip(sums, terms, strict=True)]
+
+    def row_terms(self, read: Callable[[int, Expr], Expr], rows: int, zero_right: int, beyond: int = 0) -> list[Buffer]:
+        """Emit what the zero point of this operand takes off each row of its products; nothing if it is 0.
+
+        Once for all columns: in the loop of a tile the sums of the rows would take registers from the products.
+
+        Args:
+            read: loads the word of a row and group of the left operand.
+            rows: rows of the tile.
+            zero_right: what :meth:`zero_points` returned for this operand.
+            beyond: sum of the left codes that stand beyond the end of the reduction.
+        """
+        if not zero_right:
+            return []
+        tirx, lanes = script(), self.dot.lanes
+        every = tirx.ramp(0, 1, lanes)
+        terms = [local(lanes, "int32") for _ in range(rows)]
+        for term in terms:
+            tirx.buffer_store(term, literal(-beyond, "int32", lanes), [every])
+        ones = literal(1, "int8", lanes * self.dot.group)
+        with tirx.serial(self.groups) as group:
+            for i, term in enumerate(terms):
+                tirx.buffer_store(term, self.dot.multiply_add(term[every], read(i, group), ones), [every])
+        for term in terms:
+            tirx.buffer_store(term, term[every] * literal(zero_right, "int32", lanes), [every])
+        return terms
 
     def _load(self, item: Expr, vector: Expr, group: Expr) -> Expr:
         return self.codes.vload([item, vector, group, 0], f"int8x{self.dot.lanes * self.dot.group}")
