@@ -11,7 +11,7 @@ from quantizers.integer.bounds import Interval
 from quantizers.integer.program import IntegerProgram, Node
 from tvm_backend.kernels.cpu.attention import Attention
 from tvm_backend.kernels.cpu.epilogue import Epilogue, Rescale
-from tvm_backend.kernels.cpu.rescale import fits_int32
+from tvm_backend.kernels.cpu.rescale import fits_int32, operand_zero_point
 from tvm_backend.kernels.cpu.score_stages import ScoreStage
 from tvm_backend.strides import Strided, strided_source, strided_target
 
@@ -103,9 +103,8 @@ class Patterns:
             return None
         if reader.op == "requantize" and self._per_column(reader.inputs[1]):
             multiplier = constants[reader.inputs[1]]
-            zero_point = reader.integer("input_zero_point")
             # Taking a zero point off the sums must stay within int32 as well.
-            bounds = self._bounds[linear.name].minus(zero_point)
+            bounds = self._centred(reader, 0)
             if bounds.magnitude > _INT32_MAX:
                 return None
             narrow = self._narrow([(bounds, reader.inputs[1])], reader)
@@ -132,8 +131,7 @@ class Patterns:
             or not all(self._per_column(name) for name in multipliers)
         ):
             return None
-        zeros = [add.integer(key) for key in ("zero_point_a", "zero_point_b")]
-        centred = [self._bounds[name].minus(zero) for name, zero in zip(add.inputs[:2], zeros, strict=True)]
+        centred = [self._centred(add, operand) for operand in range(2)]
         if any(bounds.magnitude > _INT32_MAX for bounds in centred):
             return None
         narrow = self._narrow(list(zip(centred, multipliers, strict=True)), add)
@@ -142,9 +140,9 @@ class Patterns:
             add,
             constants[multipliers[position]],
             narrow,
+            position,
             addend=3,
             addend_multiplier=constants[multipliers[1 - position]],
-            sums_first=position == 0,
         )
         return FusedLinear(linear, add, (linear, add), Epilogue(rescale, None, add.type.dtype), other)
 
@@ -231,7 +229,7 @@ class Patterns:
 
     def _requantized_scores(self, node: Node) -> ScoreStage | None:
         multiplier = self._program.constants[node.inputs[1]]
-        bounds = self._bounds[node.inputs[0]].minus(node.integer("input_zero_point"))
+        bounds = self._centred(node, 0)
         narrow = self._narrow([(bounds, node.inputs[1])], node)
         if math.prod(multiplier.shape[-2:]) != 1 or bounds.magnitude > _INT32_MAX:
             return None
@@ -241,11 +239,7 @@ class Patterns:
         constants = self._program.constants
         scores, other = node.inputs[position], node.inputs[1 - position]
         multiplier, factor = (constants[node.inputs[2 + p]] for p in (position, 1 - position))
-        zeros = [node.integer(key) for key in ("zero_point_a", "zero_point_b")]
-        terms = [
-            (self._bounds[name].minus(zeros[p]), node.inputs[2 + p])
-            for p, name in ((position, scores), (1 - position, other))
-        ]
+        terms = [(self._centred(node, operand), node.inputs[2 + operand]) for operand in (position, 1 - position)]
         if (
             self._types[scores].shape != node.type.shape
             or math.prod(multiplier.shape[-2:]) != 1
@@ -255,8 +249,12 @@ class Patterns:
         ):
             return None
         return ScoreStage(
-            node, multiplier, self._narrow(terms, node), position == 0, constants[other], int(factor.reshape(-1)[0])
+            node, multiplier, self._narrow(terms, node), position, constants[other], int(factor.reshape(-1)[0])
         )
+
+    def _centred(self, node: Node, position: int) -> Interval:
+        """Bounds of a value that a node rescales, its zero point taken off."""
+        return self._bounds[node.inputs[position]].minus(operand_zero_point(node, position))
 
     def _narrow(self, terms: Sequence[tuple[Interval, str]], node: Node) -> bool:
         """Whether the rescaled sum of terms, each with the name of its multiplier, is proved to fit int32."""

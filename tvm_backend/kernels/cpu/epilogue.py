@@ -11,7 +11,7 @@ from quantizers.integer.program import Node
 from tvm_backend.kernels.cpu.arithmetic import cast, literal, minus
 from tvm_backend.kernels.cpu.byte_table import WIDTH, by_unsigned_code, join, look_up
 from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, local, script
-from tvm_backend.kernels.cpu.rescale import rescale
+from tvm_backend.kernels.cpu.rescale import operand_zero_point, rescale
 from tvm_backend.kernels.kernel import Array, Layout
 from tvm_backend.targets import CpuTarget
 
@@ -24,6 +24,7 @@ class Rescale:
         node: ``requantize``, or ``add`` where the sums are one of its operands.
         multiplier: one entry, or one a column.
         narrow: whether the result is proved to fit int32 before it is clipped.
+        position: which of the node's operands the sums are.
         addend: index of the kernel's operand that ``add`` adds, if it does.
         addend_multiplier: one entry, or one a column.
     """
@@ -31,27 +32,9 @@ class Rescale:
     node: Node
     multiplier: Array = field(repr=False)
     narrow: bool
+    position: int = 0
     addend: int | None = None
     addend_multiplier: Array | None = field(default=None, repr=False)
-
-    @property
-    def zero_point(self) -> int:
-        """Zero point of the sums."""
-        if self.addend is None:
-            return self.node.integer("input_zero_point")
-        return self.node.integer("zero_point_a" if self._first else "zero_point_b")
-
-    @property
-    def addend_zero_point(self) -> int:
-        """Zero point of the operand that is added."""
-        return self.node.integer("zero_point_b" if self._first else "zero_point_a")
-
-    @property
-    def _first(self) -> bool:
-        return self.sums_first
-
-    #: Whether the sums are operand ``a`` of ``add``.
-    sums_first: bool = True
 
 
 @dataclass(frozen=True)
@@ -153,7 +136,7 @@ class Finisher:
         tirx, lanes, rule = script(), self._lanes, self._epilogue.rescale
         if rule is None:
             return sums
-        zero_point = rule.zero_point
+        zero_point = operand_zero_point(rule.node, rule.position)
         centred = sums - literal(zero_point, "int32", lanes) if zero_point else sums
         terms = [(centred, _vector(self._multiplier, column, lanes))]
         if self._addend is not None:
@@ -165,7 +148,7 @@ class Finisher:
                 with tirx.serial(columns) as j:
                     tirx.buffer_store(part, cast(self._addend[row, column + j], "int32"), [j])
                 codes = part[tirx.ramp(0, 1, lanes)]
-            other = minus(codes, rule.addend_zero_point, "int32", lanes)
+            other = minus(codes, operand_zero_point(rule.node, 1 - rule.position), "int32", lanes)
             terms.append((other, _vector(self._addend_multiplier, column, lanes)))
         return rescale(rule.node, terms, lanes, narrow=rule.narrow)
 

@@ -28,6 +28,17 @@ def fits_int32(terms: Sequence[tuple[Interval, Interval]], shift: int, zero_poin
     return ((reach + (1 << (shift - 1))) >> shift) + abs(zero_point) + 1 < 2**31
 
 
+def operand_zero_point(node: Node, position: int) -> int:
+    """Return the zero point of one of the values that a node rescales.
+
+    Args:
+        node: ``requantize`` or ``add``.
+        position: 0, or for ``add`` also 1.
+    """
+    keys = ("input_zero_point",) if node.op == "requantize" else ("zero_point_a", "zero_point_b")
+    return node.integer(keys[position])
+
+
 def rescale(node: Node, terms: Sequence[tuple[Expr, Expr]], lanes: int, *, narrow: bool) -> Expr:
     """Return the saturated codes of a vector.
 

@@ -9,7 +9,7 @@ import numpy as np
 from quantizers.integer.program import Node
 from tvm_backend.kernels.cpu.arithmetic import literal, minus
 from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, script
-from tvm_backend.kernels.cpu.rescale import rescale
+from tvm_backend.kernels.cpu.rescale import operand_zero_point, rescale
 from tvm_backend.kernels.kernel import Array
 
 
@@ -21,7 +21,7 @@ class ScoreStage:
         node: ``requantize``, or ``add`` of a constant such as a position bias or a mask.
         multiplier: of the scores, one entry or one for each of the leading axes.
         narrow: whether the result is proved to fit int32 before it is clipped.
-        scores_first: whether the scores are operand ``a`` of ``add``.
+        position: which of the node's operands the scores are.
         addend: what ``add`` adds, broadcasting to the scores.
         addend_multiplier: one entry.
     """
@@ -29,21 +29,9 @@ class ScoreStage:
     node: Node
     multiplier: Array = field(repr=False)
     narrow: bool
-    scores_first: bool = True
+    position: int = 0
     addend: Array | None = field(default=None, repr=False)
     addend_multiplier: int = 0
-
-    @property
-    def zero_point(self) -> int:
-        """Zero point of the scores."""
-        if self.addend is None:
-            return self.node.integer("input_zero_point")
-        return self.node.integer("zero_point_a" if self.scores_first else "zero_point_b")
-
-    @property
-    def addend_zero_point(self) -> int:
-        """Zero point of the addend."""
-        return self.node.integer("zero_point_b" if self.scores_first else "zero_point_a")
 
 
 class ScoreWriter:
@@ -76,13 +64,15 @@ class ScoreWriter:
         multiplier: Expr = literal(int(stage.multiplier.reshape(-1)[0]), "int32", lanes)
         if self._multipliers is not None:
             multiplier = tirx.broadcast(self._multipliers[head], lanes)
-        terms = [(minus(scores, stage.zero_point, "int32", lanes), multiplier)]
+        zero_point = operand_zero_point(stage.node, stage.position)
+        terms = [(minus(scores, zero_point, "int32", lanes), multiplier)]
         if self._addend is not None:
             index = self._addend_item(head)
             query = row if self._shape[-2] > 1 else 0
             codes = self._addend[index, query, tirx.ramp(column, 1, lanes)]
             factor = literal(stage.addend_multiplier, "int32", lanes)
-            terms.append((minus(codes, stage.addend_zero_point, "int32", lanes), factor))
+            addend_zero_point = operand_zero_point(stage.node, 1 - stage.position)
+            terms.append((minus(codes, addend_zero_point, "int32", lanes), factor))
         return rescale(stage.node, terms, lanes, narrow=stage.narrow)
 
     def _addend_item(self, head: Expr) -> Expr:
