@@ -68,7 +68,7 @@ class Finisher:
             lanes: of a vector of sums.
             target: decides how tables are read.
         """
-        self._epilogue, self._count, self._lanes = epilogue, count, lanes
+        self._epilogue, self._lanes = epilogue, lanes
         self._multiplier = self._addend = self._addend_multiplier = self._table = None
         self._wide_table = target.byte_tables
         rule = epilogue.rescale
