@@ -153,18 +153,17 @@ class Finisher:
         return rescale(rule.node, terms, lanes, narrow=rule.narrow)
 
 
-def _column_constant(function: Function, array: Array, count: int, padded: int) -> Buffer | Expr:
+def _column_constant(function: Function, array: Array, count: int, padded: int) -> Buffer | int:
     """Return a constant of one entry as a number, else an argument with one entry a padded column."""
     flat = array.reshape(-1)
     if flat.size == 1 or bool((flat == flat[0]).all()):
-        return literal(int(flat[0]), "int32")
+        return int(flat[0])
     entries = np.zeros(padded, np.int32)
     entries[:count] = np.broadcast_to(flat, (count,))
     return function.constant(entries)
 
 
-def _vector(source: Buffer | Expr, column: Expr, lanes: int) -> Expr:
-    tirx = script()
-    if hasattr(source, "shape"):
-        return source[tirx.ramp(column, 1, lanes)]
-    return tirx.broadcast(source, lanes)
+def _vector(source: Buffer | int, column: Expr, lanes: int) -> Expr:
+    if isinstance(source, int):
+        return literal(source, "int32", lanes)
+    return source[script().ramp(column, 1, lanes)]
