@@ -131,7 +131,8 @@ class Tile:
         """Return a tile that fills the registers, of the width that wastes least of the last tile."""
         needed = -(-columns // dot.lanes)
         widest = 4 if dot.accumulators >= 24 else 2
-        widths = [width for width in range(min(widest, needed), 0, -1) if width > 1 or widest < 2 or needed == 1]
+        # A single vector reads the left operand most often, so it is only for results that have no more.
+        widths = range(min(widest, needed), min(2, needed) - 1, -1)
         # Ties go to the wider tile: it reads the left operand less often.
         vectors = min(widths, key=lambda width: (-(-needed // width) * width, -width))
         return cls(dot, min(dot.accumulators // vectors, 12), vectors)
