@@ -13,9 +13,8 @@ from tvm_backend.kernels.cpu.attention import Attention
 from tvm_backend.kernels.cpu.epilogue import Epilogue, Rescale
 from tvm_backend.kernels.cpu.rescale import fits_int32, operand_zero_point
 from tvm_backend.kernels.cpu.score_stages import ScoreStage
-from tvm_backend.strides import Strided, strided_source, strided_target
+from tvm_backend.strides import VIEWS, Strided, strided_source, strided_target
 
-VIEWS = ("reshape", "permute", "slice")
 _BYTES = ("int8", "uint8")
 _INT32_MAX = 2**31 - 1
 

@@ -15,9 +15,10 @@ from quantizers.integer.program import IntegerProgram, Node, TensorType
 from tvm_backend.kernels.cpu.attention import emit_attention
 from tvm_backend.kernels.cpu.emitters import EMITTERS
 from tvm_backend.kernels.cpu.linear import emit_linear
-from tvm_backend.kernels.cpu.views import SOURCE_INDEX, emit_views
+from tvm_backend.kernels.cpu.views import emit_views
 from tvm_backend.kernels.kernel import Kernel, Operand
 from tvm_backend.patterns import FusedAttention, FusedLinear, Patterns
+from tvm_backend.strides import VIEWS
 from tvm_backend.targets import CpuTarget
 
 
@@ -92,7 +93,7 @@ class _Planner:
                 self._linear(group)
             elif isinstance(group, FusedAttention):
                 self._attention(group)
-            elif node.op in SOURCE_INDEX:
+            elif node.op in VIEWS:
                 base, chain = self._chains.get(node.inputs[0], (node.inputs[0], ()))
                 self._chains[node.name] = (base, (*chain, node))
             else:

@@ -14,7 +14,7 @@ import numpy as np
 
 from quantizers.integer.program import INTEGER_RANGES, Attribute, IntegerProgram, Node, TensorType
 from tvm_backend.kernels.kernel import Array
-from tvm_backend.patterns import VIEWS
+from tvm_backend.strides import VIEWS
 
 _OFFSET = 128
 #: Operators that add a zero point of their own as the last thing they do.

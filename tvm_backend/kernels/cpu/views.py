@@ -3,58 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from types import MappingProxyType
 
 from quantizers.integer.program import Node
-from tvm_backend.kernels.cpu.function import Expr, Function, script
+from tvm_backend.kernels.cpu.function import Function, script
 from tvm_backend.kernels.kernel import Kernel, Layout, Operand
+from tvm_backend.strides import source_index
 from tvm_backend.targets import CpuTarget
-
-Index = tuple[Expr, ...]
-
-
-def _reshape(_node: Node, source: tuple[int, ...], shape: tuple[int, ...], index: Index) -> Index:
-    flat: Expr = 0
-    for position, extent in zip(index, shape, strict=True):
-        flat = flat * extent + position
-    below = math.prod(source)
-    result = []
-    for extent in source:
-        below //= extent
-        result.append((flat // below) % extent)
-    return tuple(result)
-
-
-def _permute(node: Node, _source: tuple[int, ...], _shape: tuple[int, ...], index: Index) -> Index:
-    axes = node.integers("axes")
-    return tuple(index[axes.index(axis)] for axis in range(len(axes)))
-
-
-def _slice(node: Node, _source: tuple[int, ...], _shape: tuple[int, ...], index: Index) -> Index:
-    axis = node.integer("axis")
-    moved = index[axis] * node.integer("step") + node.integer("start")
-    return (*index[:axis], moved, *index[axis + 1 :])
-
-
-#: Index of the result to index of the operand, both without the batch axis.
-SOURCE_INDEX: Mapping[str, Callable[[Node, tuple[int, ...], tuple[int, ...], Index], Index]] = MappingProxyType(
-    {"reshape": _reshape, "permute": _permute, "slice": _slice}
-)
 
 
 def emit_views(chain: Sequence[Node], operand: Operand) -> Kernel:
     """Emit one copy for a chain of views, first to last.
 
     Args:
-        chain: nodes of :data:`SOURCE_INDEX`, each the operand of the next.
+        chain: nodes of :data:`tvm_backend.strides.VIEWS`, each the operand of the next.
         operand: operand of the first.
     """
     tirx = script()
     last = chain[-1]
     shape = last.type.shape or (1,)
-    sources = [operand.type.shape, *(node.type.shape for node in chain[:-1])]
     # The first axis joins the batch to give the threads something to share, unless it is the row itself.
     shared = shape[0] if len(shape) > 1 else 1
     function = Function(last, [operand], Layout(shared, shape[1:] if len(shape) > 1 else shape))
@@ -63,11 +31,9 @@ def emit_views(chain: Sequence[Node], operand: Operand) -> Kernel:
         result = function.result()
         row = loops.enter_context(tirx.parallel(function.rows))
         inner = [loops.enter_context(tirx.serial(extent)) for extent in (shape[1:] if len(shape) > 1 else shape)]
-        index: Index = (row % shared, *inner) if len(shape) > 1 else tuple(inner)
-        index = index if last.type.shape else ()
-        for node, before in zip(reversed(chain), reversed(sources), strict=True):
-            index = SOURCE_INDEX[node.op](node, before, node.type.shape, index)
-        tirx.buffer_store(result, source[(row // shared if operand.batched else 0, *index)], [row, *inner])
+        index = (row % shared, *inner) if len(shape) > 1 else tuple(inner)
+        place = source_index(chain, operand.type.shape, index if last.type.shape else ())
+        tirx.buffer_store(result, source[(row // shared if operand.batched else 0, *place)], [row, *inner])
     return function.kernel()
 
 
