@@ -9,7 +9,7 @@ import numpy.typing as npt
 NARROW_BITS = (2, 3, 4, 5, 6)
 
 
-def narrowest(codes: npt.NDArray[np.int8]) -> int:
+def narrowest(codes: npt.NDArray[np.generic]) -> int:
     """Return the smallest of :data:`NARROW_BITS` that holds all codes, or 8."""
     low, high = int(codes.min()), int(codes.max())
     return next((bits for bits in NARROW_BITS if -(1 << (bits - 1)) <= low and high < 1 << (bits - 1)), 8)

@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from quantizers.integer.bit_packing import narrowest
 from tvm_backend.kernels.cpu.arithmetic import literal
 from tvm_backend.kernels.cpu.byte_table import join
 from tvm_backend.kernels.cpu.function import Buffer, Expr, script
@@ -41,8 +42,8 @@ WIDTHS: Mapping[int, Width] = MappingProxyType({3: Width(256, 96, 4), 4: Width(1
 
 def needed_bits(weights: Array) -> int:
     """Return the smallest stored width that holds all codes: 3, 4 or 8."""
-    low, high = int(weights.min()), int(weights.max())
-    return next((bits for bits, width in WIDTHS.items() if -width.offset <= low and high < width.offset), 8)
+    needed = narrowest(weights)
+    return next((bits for bits in WIDTHS if needed <= bits), 8)
 
 
 def narrow(packed: Array, bits: int) -> Array:
