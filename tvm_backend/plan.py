@@ -16,7 +16,7 @@ from tvm_backend.kernels.cpu.attention import emit_attention
 from tvm_backend.kernels.cpu.emitters import EMITTERS
 from tvm_backend.kernels.cpu.linear import emit_linear
 from tvm_backend.kernels.cpu.views import emit_views
-from tvm_backend.kernels.kernel import Kernel, Operand
+from tvm_backend.kernels.kernel import Argument, Kernel, Operand
 from tvm_backend.patterns import FusedAttention, FusedLinear, Patterns
 from tvm_backend.strides import VIEWS
 from tvm_backend.targets import CpuTarget
@@ -120,9 +120,8 @@ class _Planner:
 
     def _add(self, name: str, operators: str, macs: int, kernel: Kernel, inputs: tuple[str, ...]) -> None:
         for argument in kernel.arguments:
-            if not hasattr(argument, "index"):
-                continue
-            self._materialize(inputs[argument.index])
+            if isinstance(argument, Argument):
+                self._materialize(inputs[argument.index])
         self._sources[name] = name
         self._steps.append(Step(name, operators, macs, kernel, inputs))
 
