@@ -100,9 +100,8 @@ def int8_peak(target: str = NATIVE, threads: int | None = None, rounds: int = 30
     """
     chosen, workers = get_target(target), check_threads(threads)
     function, macs, arrays = _peak_kernel(chosen)
-    import_runtime()
-    set_threads(workers)
     runtime = import_runtime()
+    set_threads(workers)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "peak.so"
         tvm = import_tvm()
