@@ -96,7 +96,7 @@ class _Writer:
         self.score_vectors = -(-self.keys // self.dot.lanes)
         self.channel_vectors = -(-self.channels // self.dot.lanes)
         # Whole lookups and whole groups of keys.
-        self.padded_keys = -(-max(self.score_vectors * self.dot.lanes, self.keys) // WIDTH) * WIDTH
+        self.padded_keys = -(-self.score_vectors * self.dot.lanes // WIDTH) * WIDTH
 
     def kernel(self) -> Kernel:
         tirx, rule = script(), self.rule
