@@ -27,7 +27,8 @@ class CpuTarget:
         mattr: LLVM features on top of it.
         features: flags, as Linux names them in /proc/cpuinfo, without which the code would not run.
         dot: how matrix products are multiplied, a key of :data:`tvm_backend.kernels.cpu.dot.DOTS`.
-        byte_tables: whether a 256-entry table of bytes can be read for 64 codes at once (AVX512-VBMI).
+        byte_tables: whether a 256-entry table of bytes can be read for 64 codes at once (AVX512-VBMI); needs a ``dot``
+            that takes 64 unsigned codes, which adds what the table of exponentials returns.
     """
 
     name: str

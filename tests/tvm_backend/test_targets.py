@@ -7,6 +7,8 @@ import platform
 import pytest
 
 from quantizers.errors import TargetError
+from tvm_backend.kernels.cpu.byte_table import WIDTH
+from tvm_backend.kernels.cpu.dot import DOTS
 from tvm_backend.targets import TARGETS, check_runnable, cpu_features, get_target
 
 
@@ -17,6 +19,13 @@ def test_unknown_targets_list_the_known_ones():
 
 def test_names_and_keys_agree():
     assert all(name == target.name for name, target in TARGETS.items())
+
+
+@pytest.mark.parametrize("name", [target.name for target in TARGETS.values() if target.byte_tables])
+def test_byte_tables_come_with_products_that_add_what_they_return(name):
+    """The attention sums the table's entries with the dot product, one whole lookup at a time."""
+    dot = DOTS[TARGETS[name].dot]
+    assert (dot.left, dot.lanes * dot.group) == ("uint8", WIDTH)
 
 
 @pytest.mark.skipif(

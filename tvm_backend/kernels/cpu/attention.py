@@ -227,9 +227,9 @@ class _Writer:
         peak = tirx.call_llvm_pure_intrin(tirx.llvm_lookup_intrinsic_id(reduce), largest[every], dtype=dtype)
         top = local(1, dtype)
         tirx.buffer_store(top, peak, [0])
-        totals = local(16, "int32")
-        lanes = tirx.ramp(0, 1, 16)
-        tirx.buffer_store(totals, literal(0, "int32", 16), [lanes])
+        lanes = self.dot.lanes
+        totals, every_total = local(lanes, "int32"), tirx.ramp(0, 1, lanes)
+        tirx.buffer_store(totals, literal(0, "int32", lanes), [every_total])
 
         def exponentials(chunk: Expr, *, last: bool) -> None:
             distance = tirx.reinterpret(tirx.broadcast(top[0], WIDTH), dtype=f"int8x{WIDTH}") - tirx.reinterpret(
@@ -242,15 +242,15 @@ class _Writer:
             entries = held[every]
             codes = tirx.reinterpret(entries, dtype=f"uint8x{WIDTH}")
             tirx.buffer_store(rows, codes, [i, tirx.ramp(chunk * WIDTH, 1, WIDTH)])
-            ones = tirx.reinterpret(literal(0x01010101, "int32", 16), dtype=f"int8x{WIDTH}")
-            added = DOTS["vpdpbusd-512"].multiply_add(totals[lanes], tirx.reinterpret(entries, dtype="int32x16"), ones)
-            tirx.buffer_store(totals, added, [lanes])
+            ones = tirx.reinterpret(literal(0x01010101, "int32", lanes), dtype=f"int8x{WIDTH}")
+            word = tirx.reinterpret(entries, dtype=f"int32x{lanes}")
+            tirx.buffer_store(totals, self.dot.multiply_add(totals[every_total], word, ones), [every_total])
 
         with tirx.serial(chunks - 1) as chunk:
             exponentials(chunk, last=False)
         exponentials(chunks - 1, last=True)
         add = tirx.llvm_lookup_intrinsic_id("llvm.vector.reduce.add")
-        tirx.buffer_store(sums, tirx.call_llvm_pure_intrin(add, totals[lanes], dtype="int32"), [i])
+        tirx.buffer_store(sums, tirx.call_llvm_pure_intrin(add, totals[every_total], dtype="int32"), [i])
 
     def _plain_exponentials(self, rows: Buffer, sums: Buffer, i: Expr) -> None:
         tirx = script()
