@@ -43,6 +43,11 @@ def saturate(dtype: str, zero_point: int = 0) -> dict[str, int]:
     return {"zero_point": zero_point, "qmin": low, "qmax": high}
 
 
+def block_id(block: dict[str, int]) -> str:
+    """Return what a test report calls the arguments of a random block."""
+    return "-".join(f"{key}{value}" for key, value in block.items())
+
+
 def random_block(
     seed: int,
     tokens: int = 5,

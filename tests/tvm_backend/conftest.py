@@ -9,13 +9,17 @@ import pytest
 import torch
 from support.programs import random_block
 
+from quantizers.errors import TargetError
 from quantizers.integer.interpret import interpret
 from quantizers.integer.program import IntegerProgram
 from tvm_backend.build import build
 from tvm_backend.bundle import Bundle
 from tvm_backend.runtime import CompiledProgram
+from tvm_backend.targets import TARGETS, check_runnable, get_target
+from tvm_backend.threads import usable_processors
 
 Check = Callable[..., None]
+Images = Callable[..., np.ndarray]
 
 
 def assert_equals_interpreter(program: IntegerProgram, compiled: CompiledProgram, *images: np.ndarray) -> None:
@@ -30,6 +34,31 @@ def assert_equals_interpreter(program: IntegerProgram, compiled: CompiledProgram
 @pytest.fixture(scope="session")
 def check() -> Check:
     return assert_equals_interpreter
+
+
+@pytest.fixture(scope="session")
+def check_threads_and_batches(check: Check) -> Check:
+    """Compile a program for this machine and compare it with one and two threads, each with several batches."""
+
+    def compare(program: IntegerProgram, images: Images) -> None:
+        bundle = build(program)
+        for threads in range(1, min(2, usable_processors()) + 1):
+            compiled = CompiledProgram(bundle, threads)
+            for batch in (1, 2, 7):
+                check(program, compiled, images(program, batch, seed=batch))
+
+    return compare
+
+
+@pytest.fixture(params=list(TARGETS))
+def runnable_target(request: pytest.FixtureRequest) -> str:
+    """Name of each target in turn; those that this machine cannot run are skipped."""
+    chosen = get_target(request.param)
+    try:
+        check_runnable(chosen.name, chosen.arch, chosen.features)
+    except TargetError as error:
+        pytest.skip(str(error))
+    return chosen.name
 
 
 @pytest.fixture(scope="session")

@@ -6,14 +6,11 @@ import itertools
 
 import numpy as np
 import pytest
-from support.programs import ProgramBuilder, saturate
+from support.programs import ProgramBuilder, block_id, saturate
 from support.published_programs import random_published_block, random_tokens
 
-from quantizers.errors import TargetError
 from tvm_backend.build import build
 from tvm_backend.runtime import CompiledProgram
-from tvm_backend.targets import TARGETS, check_runnable, get_target
-from tvm_backend.threads import usable_processors
 
 pytestmark = pytest.mark.tvm
 
@@ -26,30 +23,15 @@ BLOCKS = [
 ]
 
 
-def name(block: dict[str, int]) -> str:
-    return "-".join(f"{key}{value}" for key, value in block.items())
-
-
 @pytest.mark.parametrize("inner", [False, True], ids=["fused", "apart"])
-@pytest.mark.parametrize("block", BLOCKS, ids=name)
-def test_native_code_equals_interpreter(block, inner, check):
-    program = random_published_block(**block, inner=inner)
-    bundle = build(program)
-    for threads in range(1, min(2, usable_processors()) + 1):
-        compiled = CompiledProgram(bundle, threads)
-        for batch in (1, 2, 7):
-            check(program, compiled, random_tokens(program, batch, seed=batch))
+@pytest.mark.parametrize("block", BLOCKS, ids=block_id)
+def test_native_code_equals_interpreter(block, inner, check_threads_and_batches):
+    check_threads_and_batches(random_published_block(**block, inner=inner), random_tokens)
 
 
-@pytest.mark.parametrize("target", list(TARGETS))
-def test_each_instruction_set_equals_interpreter(target, check):
-    chosen = get_target(target)
-    try:
-        check_runnable(chosen.name, chosen.arch, chosen.features)
-    except TargetError as error:
-        pytest.skip(str(error))
+def test_each_instruction_set_equals_interpreter(runnable_target, check):
     program = random_published_block(5, tokens=9, heads=3, head_dim=11, inner=False)
-    compiled = CompiledProgram(build(program, target))
+    compiled = CompiledProgram(build(program, runnable_target))
     for batch in (1, 3):
         check(program, compiled, random_tokens(program, batch, seed=batch))
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from support.programs import random_block, random_images
+from support.programs import block_id, random_block, random_images
 
-from quantizers.errors import TargetError
 from tvm_backend.build import build
 from tvm_backend.runtime import CompiledProgram
-from tvm_backend.targets import TARGETS as CPU_TARGETS
-from tvm_backend.targets import check_runnable, get_target
 from tvm_backend.threads import usable_processors
 
 pytestmark = pytest.mark.tvm
@@ -22,33 +19,17 @@ BLOCKS = [
     {"seed": 4, "tokens": 70, "heads": 2, "head_dim": 64},
     {"seed": 5, "tokens": 197, "heads": 1, "head_dim": 16},
 ]
-TARGETS = list(CPU_TARGETS)
-
-
-def name(block: dict[str, int]) -> str:
-    return "-".join(f"{key}{value}" for key, value in block.items())
 
 
 @pytest.mark.parametrize("probabilities", [False, True], ids=["fused", "apart"])
-@pytest.mark.parametrize("block", BLOCKS, ids=name)
-def test_native_code_equals_interpreter(block, probabilities, check):
-    program = random_block(**block, probabilities=probabilities)
-    bundle = build(program)
-    for threads in range(1, min(2, usable_processors()) + 1):
-        compiled = CompiledProgram(bundle, threads)
-        for batch in (1, 2, 7):
-            check(program, compiled, random_images(program, batch, seed=batch))
+@pytest.mark.parametrize("block", BLOCKS, ids=block_id)
+def test_native_code_equals_interpreter(block, probabilities, check_threads_and_batches):
+    check_threads_and_batches(random_block(**block, probabilities=probabilities), random_images)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_each_instruction_set_equals_interpreter(target, check):
-    chosen = get_target(target)
-    try:
-        check_runnable(chosen.name, chosen.arch, chosen.features)
-    except TargetError as error:
-        pytest.skip(str(error))
+def test_each_instruction_set_equals_interpreter(runnable_target, check):
     program = random_block(5, tokens=9, heads=3, head_dim=11, probabilities=False)
-    compiled = CompiledProgram(build(program, target))
+    compiled = CompiledProgram(build(program, runnable_target))
     for batch in (1, 3):
         check(program, compiled, random_images(program, batch, seed=batch))
 
