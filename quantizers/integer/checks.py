@@ -64,6 +64,26 @@ def require_broadcast(node: Node, shape: tuple[int, ...], operand: Operand) -> N
         raise fail(node, f"{operand.name} of shape {operand.type.shape} does not broadcast to {shape}")
 
 
+def broadcast_shape(node: Node, a: Operand, b: Operand) -> tuple[int, ...]:
+    """Return the shape of two operands that broadcast to each other."""
+    try:
+        return tuple(np.broadcast_shapes(a.type.shape, b.type.shape))
+    except ValueError as error:
+        raise fail(node, f"{a.type} and {b.type} do not broadcast") from error
+
+
+def channel_constants(node: Node, x: Operand, weight: Operand, bias: Operand) -> tuple[list[int], list[int]]:
+    """Return the int32 weight and the int64 bias of each channel, the last axis of ``x``, which must not be empty."""
+    require_dtype(node, weight, "int32")
+    require_dtype(node, bias, "int64")
+    channels = x.type.shape[-1:]
+    if channels in ((), (0,)) or weight.type.shape != channels or bias.type.shape != channels:
+        raise fail(node, f"x is {x.type}, weight {weight.type}, bias {bias.type}: expected one entry a channel")
+    assert weight.array is not None
+    assert bias.array is not None
+    return [int(w) for w in weight.array], [int(b) for b in bias.array]
+
+
 def shift_of(node: Node) -> int:
     """Return the node's right shift, within its range."""
     shift = node.integer("shift")

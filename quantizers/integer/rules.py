@@ -16,6 +16,8 @@ from quantizers.integer.bounds import Checked, Interval, Operand
 from quantizers.integer.checks import (
     BYTES,
     INT64_MAX,
+    broadcast_shape,
+    channel_constants,
     fail,
     require_broadcast,
     require_dtype,
@@ -104,10 +106,7 @@ def _matmul(node: Node, a: Operand, b: Operand) -> Checked:
 def _multiply(node: Node, a: Operand, b: Operand) -> Checked:
     require_dtype(node, a, "int8", "uint8", "int16")
     require_dtype(node, b, "int8", "uint8", "int16")
-    try:
-        shape = tuple(np.broadcast_shapes(a.type.shape, b.type.shape))
-    except ValueError as error:
-        raise fail(node, f"{a.type} and {b.type} do not broadcast") from error
+    shape = broadcast_shape(node, a, b)
     left = a.interval.minus(zero_point_of(node, "zero_point_a", a))
     return TensorType("int32", shape), left.times(b.interval.minus(zero_point_of(node, "zero_point_b", b)))
 
@@ -123,10 +122,7 @@ def _requantize(node: Node, x: Operand, multiplier: Operand) -> Checked:
 def _add(node: Node, a: Operand, b: Operand, multiplier_a: Operand, multiplier_b: Operand) -> Checked:
     for operand in (a, b):
         require_integer(node, operand)
-    try:
-        shape = tuple(np.broadcast_shapes(a.type.shape, b.type.shape))
-    except ValueError as error:
-        raise fail(node, f"{a.type} and {b.type} do not broadcast") from error
+    shape = broadcast_shape(node, a, b)
     for multiplier in (multiplier_a, multiplier_b):
         require_dtype(node, multiplier, "int32")
         require_broadcast(node, shape, multiplier)
@@ -192,13 +188,8 @@ def _normalize_rows(node: Node, x: Operand, total: Operand) -> Checked:
 
 def _layer_norm(node: Node, x: Operand, weight: Operand, bias: Operand) -> Checked:
     require_dtype(node, x, "int8", "uint8", "int16")
-    require_dtype(node, weight, "int32")
-    require_dtype(node, bias, "int64")
-    width = x.type.shape[-1] if x.type.shape else 0
-    if width < 1 or weight.type.shape != (width,) or bias.type.shape != (width,):
-        raise fail(node, f"x is {x.type}, weight {weight.type}, bias {bias.type}: expected one entry a channel")
-    assert weight.array is not None
-    assert bias.array is not None
+    weights, biases = channel_constants(node, x, weight, bias)
+    width = len(weights)
     epsilon = node.integer("epsilon")
     reach = x.interval.magnitude
     if epsilon < 1 or 2 * width * width * reach * reach + epsilon >= 2**62:
@@ -206,7 +197,7 @@ def _layer_norm(node: Node, x: Operand, weight: Operand, bias: Operand) -> Check
     # |C x - S| <= 2 C max|x|, and the reciprocal is at most 2^31.
     require_int64(node, (2 * width * reach << 31) + 2**40)
     normalized = (math.isqrt(width) + 1) << LAYER_NORM_FRACTION_BITS
-    products = [abs(int(w)) * normalized + abs(int(b)) for w, b in zip(weight.array, bias.array, strict=True)]
+    products = [abs(w) * normalized + abs(b) for w, b in zip(weights, biases, strict=True)]
     return TensorType(node.type.dtype, x.type.shape), rescaled(node, Interval(-max(products), max(products)))
 
 

@@ -6,7 +6,15 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from quantizers.integer.bounds import Checked, Interval, Operand
-from quantizers.integer.checks import BYTES, fail, require_dtype, require_int64, rescaled, zero_point_of
+from quantizers.integer.checks import (
+    BYTES,
+    channel_constants,
+    fail,
+    require_dtype,
+    require_int64,
+    rescaled,
+    zero_point_of,
+)
 from quantizers.integer.ivit import NORMALIZED_BITS, PAPER_START, RECIPROCAL
 from quantizers.integer.program import Node, TensorType
 
@@ -61,23 +69,17 @@ def _shift_gelu(node: Node, x: Operand) -> Checked:
 
 def _i_layer_norm(node: Node, x: Operand, weight: Operand, bias: Operand) -> Checked:
     require_dtype(node, x, *BYTES, "int16")
-    require_dtype(node, weight, "int32")
-    require_dtype(node, bias, "int64")
-    width = x.type.shape[-1] if x.type.shape else 0
-    if width < 1 or weight.type.shape != (width,) or bias.type.shape != (width,):
-        raise fail(node, f"x is {x.type}, weight {weight.type}, bias {bias.type}: expected one entry a channel")
-    assert weight.array is not None
-    assert bias.array is not None
+    weights, biases = channel_constants(node, x, weight, bias)
     _within(node, "start", PAPER_START, _LARGEST_START)
     # One step at least: from then on the root is not below the floor of the real one.
     _within(node, "iterations", 1, _LARGEST_ITERATIONS)
     spread = x.interval.high - x.interval.low
-    if width * spread * spread >= 2**62:
-        raise fail(node, f"with {width} channels the sum of squares must be below 2^62")
+    if len(weights) * spread * spread >= 2**62:
+        raise fail(node, f"with {len(weights)} channels the sum of squares must be below 2^62")
     # |x - mean| <= floor(sqrt(sum of squares)) <= root, so that the product with 2^31 // root stays below 2^31.
     normalized = 1 << NORMALIZED_BITS
-    products = [abs(int(w)) * (normalized + abs(int(b))) for w, b in zip(weight.array, bias.array, strict=True)]
-    require_int64(node, normalized + max(abs(int(b)) for b in bias.array))
+    products = [abs(w) * (normalized + abs(b)) for w, b in zip(weights, biases, strict=True)]
+    require_int64(node, normalized + max(abs(b) for b in biases))
     return TensorType(node.type.dtype, x.type.shape), rescaled(node, Interval(-max(products), max(products)))
 
 
