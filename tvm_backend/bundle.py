@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from quantizers.errors import ArtifactError, UsageError
 from quantizers.integer.program import TensorType
 from tvm_backend.kernels.kernel import Array
-from tvm_backend.schedule import Schedule, from_json, to_json
+from tvm_backend.schedule import Schedule, check_places, from_json, to_json
 
 FORMAT_VERSION = 2
 MANIFEST, LIBRARY, CONSTANTS = "manifest.json", "model.so", "constants.safetensors"
@@ -109,17 +109,18 @@ def load_bundle(directory: Path | str) -> Bundle:
         arrays: Mapping[str, Array] = safetensors.numpy.load(serialized)
     except SafetensorError as error:
         raise ArtifactError(f"{root / CONSTANTS} cannot be read: {error}; {_REMEDY}") from error
+    inputs, constants = manifest["inputs"], tuple(arrays[name] for name in sorted(arrays))
     return Bundle(
         target=manifest["target"],
         arch=manifest["arch"],
         cpu_features=tuple(manifest["cpu_features"]),
         program_sha256=manifest["program_sha256"],
-        inputs=tuple(_typed(entry) for entry in manifest["inputs"]),
+        inputs=tuple(_typed(entry) for entry in inputs),
         outputs=tuple(_typed(entry) for entry in manifest["outputs"]),
         tvm_version=manifest["tvm_version"],
-        schedule=_schedule(root / MANIFEST, manifest["schedule"]),
+        schedule=_schedule(root / MANIFEST, manifest["schedule"], len(inputs), constants),
         library=library,
-        constants=tuple(arrays[name] for name in sorted(arrays)),
+        constants=constants,
     )
 
 
@@ -170,11 +171,17 @@ _CHECKS = {
 }
 
 
-def _schedule(path: Path, document: dict[str, Any]) -> Schedule:
+def _schedule(path: Path, document: dict[str, Any], inputs: int, constants: tuple[Array, ...]) -> Schedule:
     try:
-        return from_json(document)
+        schedule = from_json(document)
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{path}: schedule has a value of the wrong form: {error}; {_REMEDY}") from error
+    # No hash covers the manifest itself.
+    try:
+        check_places(schedule, inputs, constants)
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"{path}: schedule does not fit the bundle: {error}; {_REMEDY}") from error
+    return schedule
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

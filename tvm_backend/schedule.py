@@ -6,9 +6,14 @@ at n times the position, so that one schedule serves every batch size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+
+from tvm_backend.kernels.kernel import Array
 
 #: Bytes to which every value is aligned: a cache line, and the widest vector register.
 ALIGNMENT = 64
@@ -136,6 +141,45 @@ def from_json(document: Mapping[str, Any]) -> Schedule:
         checks=tuple((_count(index), _arguments([argument])[0]) for index, argument in document["checks"]),
         arena_bytes=_count(document["arena_bytes"]),
     )
+
+
+def check_places(schedule: Schedule, inputs: int, constants: Sequence[Array]) -> None:
+    """Refuse a schedule with an argument that is not there, or a constant of another type or shape.
+
+    Args:
+        schedule: the schedule.
+        inputs: how many inputs there are.
+        constants: arrays that the schedule refers to by position.
+
+    Raises:
+        ValueError, TypeError: names the argument, what it takes and what there is.
+    """
+    for call in schedule.calls:
+        for argument in call.arguments:
+            _check_place(f"{call.function} for {call.value}", argument, schedule.arena_bytes, inputs, constants)
+    for number, argument in enumerate(schedule.outputs):
+        _check_place(f"output {number}", argument, schedule.arena_bytes, 0, constants)
+    for index, argument in schedule.checks:
+        if index >= inputs:
+            raise ValueError(f"input {index} is checked, there are {inputs}")
+        _check_place(f"the check of input {index}", argument, schedule.arena_bytes, 0, ())
+
+
+def _check_place(where: str, argument: Argument, arena_bytes: int, inputs: int, constants: Sequence[Array]) -> None:
+    place, position, shape = argument.place, argument.position, (argument.rows, *argument.tail)
+    if place == ARENA:
+        end = position + math.prod(shape) * np.dtype(argument.dtype).itemsize
+        if end > arena_bytes:
+            raise ValueError(f"{where} reaches byte {end} of the arena, which has {arena_bytes}")
+        return
+    counts = {INPUT: inputs, CONSTANT: len(constants)}
+    if place not in counts:
+        raise ValueError(f"{where} takes {place!r}, expected {INPUT}, {CONSTANT} or {ARENA}")
+    if position >= counts[place]:
+        raise ValueError(f"{where} takes {place} {position}, there are {counts[place]} that it may take")
+    if place == CONSTANT and (constants[position].dtype.name, constants[position].shape) != (argument.dtype, shape):
+        found = f"{constants[position].dtype.name} of shape {constants[position].shape}"
+        raise ValueError(f"{where} takes constant {position} as {argument.dtype} of shape {shape}, it is {found}")
 
 
 def _argument(argument: Argument) -> list[object]:

@@ -13,6 +13,7 @@ from support.programs import random_images
 from quantizers.errors import ArtifactError, TargetError, UsageError
 from tvm_backend.bundle import load_bundle, save_bundle
 from tvm_backend.runtime import CompiledProgram, load
+from tvm_backend.schedule import CONSTANT, to_json
 
 pytestmark = pytest.mark.tvm
 
@@ -85,6 +86,17 @@ def test_truncated_or_missing_files(saved, name):
 )
 def test_bad_manifests(saved, changes, message):
     edit(saved, **changes)
+    with pytest.raises(ArtifactError, match=message):
+        load(saved)
+
+
+def test_a_schedule_that_takes_constants_of_another_bundle(saved, small_bundle):
+    schedule = to_json(small_bundle.schedule)
+    count = len(small_bundle.constants)
+    argument = next(a for call in schedule["calls"] for a in call[-1] if a[0] == CONSTANT)
+    argument[1] = count
+    edit(saved, schedule=schedule)
+    message = rf"manifest\.json: schedule does not fit the bundle: .* constant {count}, there are {count} .*; build the"
     with pytest.raises(ArtifactError, match=message):
         load(saved)
 

@@ -6,6 +6,7 @@ import itertools
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from tvm_backend.schedule import (
     Lifetime,
     Schedule,
     allocate,
+    check_places,
     from_json,
     to_json,
 )
@@ -128,3 +130,46 @@ def test_a_missing_key_is_refused() -> None:
     del document["outputs"]
     with pytest.raises(KeyError, match="outputs"):
         from_json(document)
+
+
+CONSTANTS = (np.zeros((3, 4), np.int32), np.zeros((2, 5), np.int8))
+
+
+def test_a_schedule_that_fits_is_accepted() -> None:
+    check_places(SCHEDULE, 1, CONSTANTS)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "constants", "message"),
+    [
+        (1, CONSTANTS[:1], r"linear_0 for v1 takes constant 1, there are 1 that it may take"),
+        (1, (), r"linear_0 for v1 takes constant 1, there are 0 that it may take"),
+        (1, CONSTANTS[::-1], r"takes constant 1 as int8 of shape \(2, 5\), it is int32 of shape \(3, 4\)"),
+        (1, (CONSTANTS[0], CONSTANTS[1].astype(np.uint8)), r"as int8 of shape .*, it is uint8 of shape \(2, 5\)"),
+        (1, (CONSTANTS[0], CONSTANTS[1].T), r"as int8 of shape \(2, 5\), it is int8 of shape \(5, 2\)"),
+        (0, CONSTANTS, r"linear_0 for v1 takes input 0, there are 0 that it may take"),
+    ],
+)
+def test_inputs_and_constants_that_are_not_there(inputs, constants, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_places(SCHEDULE, inputs, constants)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arena_bytes": 66}, r"linear_0 for v1 reaches byte 67 of the arena, which has 66"),
+        ({"outputs": (Argument(ARENA, 120, "int32", 3, ()),)}, r"output 0 reaches byte 132 of the arena"),
+        ({"outputs": (Argument(INPUT, 0, "float32", 1, (3, 4)),)}, r"output 0 takes input 0, there are 0"),
+        ({"outputs": (Argument("heap", 0, "int8", 1, ()),)}, r"takes 'heap', expected input, constant or arena"),
+        ({"checks": ((1, Argument(ARENA, 0, "int32", 1, ())),)}, r"input 1 is checked, there are 1"),
+        ({"checks": ((0, Argument(CONSTANT, 1, "int8", 2, (5,))),)}, r"the check of input 0 takes constant 1, there"),
+    ],
+)
+def test_places_outside_of_the_bundle(changes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_places(replace(SCHEDULE, **changes), 1, CONSTANTS)
+
+
+def test_an_output_may_be_a_constant() -> None:
+    check_places(replace(SCHEDULE, outputs=(Argument(CONSTANT, 1, "int8", 2, (5,)),)), 1, CONSTANTS)
