@@ -72,10 +72,21 @@ def test_powers_of_two() -> None:
     assert log_sqrt2(3).levels == (0, 32, 45, 64, 90, 128, 180, 255)
 
 
-@pytest.mark.parametrize(("build", "different"), [(log2, (4, 8, 10, 10, 10)), (log_sqrt2, (4, 8, 16, 17, 17))])
-def test_steep_families_have_coinciding_levels(build, different: tuple[int, ...]) -> None:
-    """What a byte can tell apart, at 2 to 6 bits, as the module says."""
-    assert tuple(len(set(build(bits).levels)) for bits in range(2, 7)) == different
+@pytest.mark.parametrize(
+    ("family", "different"),
+    [
+        ("uniform", (4, 8, 16, 64, 256)),
+        ("log2", (4, 8, 10, 10, 10)),
+        ("log_sqrt2", (4, 8, 16, 17, 17)),
+        ("adalog", (4, 8, 16, 27, 27)),
+        ("tangent", (4, 8, 16, 64, 247)),
+        ("sulq", (4, 8, 16, 64, 234)),
+    ],
+)
+def test_the_counts_of_the_page(family: str, different: tuple[int, ...]) -> None:
+    """The most values that a byte tells apart, at 2, 3, 4, 6 and 8 bits."""
+    found = tuple(max(len(set(c.levels)) for c in candidates(family, bits)) for bits in (2, 3, 4, 6, 8))
+    assert found == different
 
 
 # AdaLog ---------------------------------------------------------------------------------------------
