@@ -198,7 +198,7 @@ def attention(deviation: float) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("deviation", [0.7, 1.5, 3.0])
 @pytest.mark.parametrize("bits", [3, 4])
 def test_log_codebooks_beat_uniform_on_attention(bits: int, deviation: float) -> None:
-    """AdaLog at its best base errs less than half as much as the same number of even levels; so does SULQ."""
+    """At their best parameters, AdaLog and SULQ err less than 0.6 times as much as the same number of even levels."""
     rows, values = attention(deviation)
     uniform = product_error(rows, values, uniform_codebook(bits))
     for family in ("adalog", "sulq"):
