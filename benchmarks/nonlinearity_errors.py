@@ -19,6 +19,7 @@ import torch
 from calibration.approximation import LayerNorm, float_probabilities, probabilities_of, unary_error
 from calibration.search import search_activation
 from calibration.statistics import empty, update
+from quantizers.codebook import uniform_codebook
 from quantizers.integer.ivit import CODE_START, PAPER_START
 from quantizers.row_relative import RowRelativeQParams
 from quantizers.shiftmax import ShiftmaxQParams
@@ -32,7 +33,7 @@ Row = dict[str, object]
 def softmax_table() -> Iterator[Row]:
     """Rows of normal scores, quantized to 8 bits by their extremes."""
     forms = {
-        "corrected": RowRelativeQParams(255),
+        "corrected": RowRelativeQParams(uniform_codebook(8)),
         "published, 16 bits": ShiftmaxQParams(16),
         "published, 8 bits": ShiftmaxQParams(8),
     }

@@ -34,6 +34,7 @@ from calibration.integerize.published import SHIFT_GELU_FUNCTIONS
 from calibration.published import reading_formats
 from calibration.rules import NONLINEAR, Recipe
 from calibration.sites import OUTPUT, Edge, Site
+from quantizers.codebook import uniform_codebook
 from quantizers.integer import ivit
 from quantizers.integer.interpret import interpret
 from quantizers.integer.interpret_ivit import shiftmax
@@ -112,7 +113,7 @@ def _measure(
         probabilities = _probability_format(graph, formats, operation, nonlinear)
         codes = softmax_rows(source, operation.shape[-1])
         found = probabilities_of(codes, source, probabilities)
-        step = 1 / probabilities.levels if isinstance(probabilities, RowRelativeQParams) else probabilities.scale
+        step = 1 / probabilities.peak if isinstance(probabilities, RowRelativeQParams) else probabilities.scale
         return step, np.abs(found - float_probabilities(codes, source))
     targets = sorted(reading_formats(graph, formats, operation.name), key=lambda qparams: qparams.scale)
     if not targets:
@@ -139,7 +140,7 @@ def _probability_format(
     chosen = [qparams for qparams in used if isinstance(qparams, wanted)]
     if chosen:
         return chosen[0]
-    return ShiftmaxQParams(16) if nonlinear == "published" else RowRelativeQParams(255)
+    return ShiftmaxQParams(16) if nonlinear == "published" else RowRelativeQParams(uniform_codebook(8))
 
 
 # Softmax ------------------------------------------------------------------------------------------------

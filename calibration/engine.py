@@ -22,13 +22,14 @@ from calibration.rules import Recipe, assign_specs
 from calibration.search import search_activation, search_weight
 from calibration.sites import OUTPUT, Edge, Site, find_sites
 from calibration.statistics import Histogram, empty, update
+from quantizers.codebook import CodebookQParams, uniform_codebook
 from quantizers.errors import DataError, ModelError
 from quantizers.row_relative import RowRelativeQParams
 from quantizers.shiftmax import ShiftmaxQParams
 from quantizers.spec import QuantSpec
 from quantizers.uniform import UniformQParams, qparams_from_range, quantize
 
-QParams = UniformQParams | RowRelativeQParams | ShiftmaxQParams
+QParams = UniformQParams | CodebookQParams | RowRelativeQParams | ShiftmaxQParams
 Progress = Callable[[str, int, int], None]
 
 #: Images run together; fixed, so that the arithmetic is the same for every caller.
@@ -209,7 +210,9 @@ def _micro_batches(graph: Graph, images: Iterable[tuple[Tensor, ...]]) -> Iterat
 
 def _choose(graph: Graph, site: Site, spec: QuantSpec, stats: Histogram | None, nonlinear: str) -> QParams:
     if site.kind == "probability":
-        return ShiftmaxQParams(spec.bits) if nonlinear == "published" else RowRelativeQParams(2**spec.bits - 1)
+        if nonlinear == "published":
+            return ShiftmaxQParams(spec.bits)
+        return RowRelativeQParams(uniform_codebook(spec.bits))
     if stats is not None:
         return search_activation(stats, spec)
     constant = graph.constants[site.value]

@@ -14,15 +14,13 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from calibration.engine import Calibrated, CalibratedSite, QParams
+from calibration.engine import Calibrated, CalibratedSite
 from calibration.graph import Attribute, Graph, Operation
+from calibration.qparams_json import format_name, qparams_from_json, qparams_to_json
 from calibration.rules import Recipe, Rule
 from calibration.sites import Site
 from quantizers.errors import ArtifactError
-from quantizers.row_relative import RowRelativeQParams
-from quantizers.shiftmax import ShiftmaxQParams
 from quantizers.spec import QuantSpec
-from quantizers.uniform import UniformQParams
 
 FORMAT_VERSION = 1
 _KEYS = {"format_version", "graph", "recipe", "sites", "num_images", "fingerprint"}
@@ -39,7 +37,7 @@ def calibrated_to_bytes(calibrated: Calibrated) -> tuple[bytes, bytes]:
                 **dataclasses.asdict(entry.site),
                 "spec": dataclasses.asdict(entry.spec),
                 "format": format_name(entry.qparams),
-                "qparams": dataclasses.asdict(entry.qparams),
+                "qparams": qparams_to_json(entry.qparams),
             }
             for entry in calibrated.sites
         ],
@@ -87,12 +85,6 @@ def graph_to_bytes(graph: Graph) -> tuple[bytes, bytes]:
 def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """Return tensors as safetensors, sorted by name."""
     return safetensors.torch.save({name: tensors[name].contiguous().clone() for name in sorted(tensors)})
-
-
-def format_name(qparams: QParams) -> str:
-    """Return the name of a number format as artifacts and reports spell it."""
-    names = {RowRelativeQParams: "row_relative", ShiftmaxQParams: "shiftmax", UniformQParams: "uniform"}
-    return names[type(qparams)]
 
 
 def recipe_to_json(recipe: Recipe) -> dict[str, Any]:
@@ -151,14 +143,5 @@ def _graph_from_json(document: Mapping[str, Any], constants: Mapping[str, Tensor
 
 def _site_from_json(entry: Mapping[str, Any]) -> CalibratedSite:
     site = Site(entry["name"], entry["kind"], entry["value"], tuple((name, index) for name, index in entry["edges"]))
-    values = entry["qparams"]
-    qparams: QParams
-    if entry["format"] == "row_relative":
-        qparams = RowRelativeQParams(**values)
-    elif entry["format"] == "shiftmax":
-        qparams = ShiftmaxQParams(**values)
-    elif entry["format"] == "uniform":
-        qparams = UniformQParams(**{**values, "scale": tuple(values["scale"])})
-    else:
-        raise ArtifactError(f"site {site.name}: unknown format {entry['format']!r}")
+    qparams = qparams_from_json(entry["format"], entry["qparams"], site.name)
     return CalibratedSite(site, QuantSpec(**entry["spec"]), qparams)

@@ -14,6 +14,7 @@ from calibration.engine import Calibrated, QParams
 from calibration.graph import Operation, execute
 from calibration.published import PUBLISHED_OPERATORS, published_executors
 from calibration.sites import OUTPUT
+from quantizers.codebook import CodebookQParams, fake_quantize_codebook
 from quantizers.row_relative import RowRelativeQParams, fake_quantize_rows
 from quantizers.shiftmax import ShiftmaxQParams, cut_off
 from quantizers.uniform import fake_quantize
@@ -65,4 +66,6 @@ def apply(qparams: QParams, value: Tensor) -> Tensor:
         return fake_quantize_rows(value, qparams)
     if isinstance(qparams, ShiftmaxQParams):
         return cut_off(value, qparams)
+    if isinstance(qparams, CodebookQParams):
+        return fake_quantize_codebook(value, qparams)
     return fake_quantize(value, qparams)

@@ -25,11 +25,11 @@ from calibration.engine import Calibrated, Progress, calibrate
 from calibration.graph import execute
 from calibration.integerize import integerize
 from calibration.integerize.forms import require_integer_forms
+from calibration.qparams_json import format_name
 from calibration.rules import Recipe
 from calibration.serialize import (
     calibrated_from_bytes,
     calibrated_to_bytes,
-    format_name,
     graph_to_bytes,
     recipe_to_json,
 )

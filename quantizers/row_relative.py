@@ -1,8 +1,12 @@
 """Attention probabilities relative to the largest of their row, un-normalized until after the product with V.
 
-``e = round(levels exp(score - max))`` holds a row in ``levels + 1`` codes whatever its largest probability is;
-``sum e v / sum e`` divides once for each output row, so that no mass is lost to rounding (DESIGN: corrected
-softmax; the published int8 form of I-ViT, arXiv 2207.01405 section 3.3, floors ``p * 2^7`` instead).
+``e = nearest level of M exp(score - max)``, M the largest level, holds a row in a codebook whatever its largest
+probability is; ``sum e v / sum e`` divides once for each output row, so that no mass is lost to rounding (DESIGN:
+corrected softmax; the published int8 form of I-ViT, arXiv 2207.01405 section 3.3, floors ``p * 2^7`` instead).
+
+The levels are uniform (M = 2^b - 1) or those of any other family (M = 255): the program holds them in the table of
+exponentials, so that every codebook costs the same. Ties go to the even level where levels are uniform, as in every
+rounding of real values to codes, and to the lower level of other codebooks, as in :mod:`quantizers.codebook`.
 """
 
 from __future__ import annotations
@@ -13,23 +17,29 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from quantizers.codebook import Codebook, CodebookQParams, fake_quantize_codebook, nearest_levels
 from quantizers.rounding import round_half_even
 
 
 @dataclass(frozen=True, slots=True)
 class RowRelativeQParams:
-    """Probabilities in ``levels + 1`` codes, zero among them.
+    """Probabilities in the levels of a codebook, zero among them.
 
     Args:
-        levels: code of a row's largest probability, ``2^bits - 1``.
+        codebook: the levels; the last one is a row's largest probability.
     """
 
-    levels: int
+    codebook: Codebook
 
     @property
     def bits(self) -> int:
         """Width of a code."""
-        return self.levels.bit_length()
+        return self.codebook.bits
+
+    @property
+    def peak(self) -> int:
+        """Level of a row's largest probability, M."""
+        return self.codebook.levels[-1]
 
 
 def fake_quantize_rows(probabilities: Tensor, qparams: RowRelativeQParams) -> Tensor:
@@ -37,19 +47,28 @@ def fake_quantize_rows(probabilities: Tensor, qparams: RowRelativeQParams) -> Te
 
     Args:
         probabilities: float32 (..., keys), rows that sum to 1.
-        qparams: number of levels.
+        qparams: the levels.
+
+    Raises:
+        DataError: infinite probabilities or NaN, for levels that are not uniform.
     """
-    peak = probabilities.amax(-1, keepdim=True)
-    codes = round_half_even(probabilities / peak * qparams.levels)
-    return codes / codes.sum(-1, keepdim=True)
+    relative = probabilities / probabilities.amax(-1, keepdim=True) * qparams.peak
+    if qparams.codebook.family == "uniform":
+        levels = round_half_even(relative)
+    else:
+        levels = fake_quantize_codebook(relative, CodebookQParams(qparams.codebook, 1.0, 0))
+    return levels / levels.sum(-1, keepdim=True)
 
 
 def exponential_table(score_scale: float, qparams: RowRelativeQParams) -> npt.NDArray[np.uint8]:
-    """Return uint8[256]: entry d is the code of a score that lies d steps below its row's maximum.
+    """Return uint8[256]: entry d is the level of a score that lies d steps below its row's maximum.
 
     Args:
         score_scale: real value of one step of the score codes.
-        qparams: number of levels.
+        qparams: the levels.
     """
     distances = np.arange(256, dtype=np.float64)
-    return np.rint(qparams.levels * np.exp(-score_scale * distances)).astype(np.uint8)
+    relative = qparams.peak * np.exp(-score_scale * distances)
+    if qparams.codebook.family == "uniform":
+        return np.rint(relative).astype(np.uint8)
+    return nearest_levels(relative, qparams.codebook)

@@ -13,6 +13,7 @@ from calibration.integerize.context import Context, add_operands
 from calibration.integerize.layer_norm import layer_norm_constants
 from calibration.integerize.scales import compress
 from calibration.integerize.shared_requantize import saturation
+from quantizers.codebook import uniform_codebook
 from quantizers.integer.fixed_point import choose_shift, to_common_fixed_point
 from quantizers.integer.program import TensorType
 from quantizers.row_relative import RowRelativeQParams, exponential_table
@@ -44,7 +45,7 @@ def layer_norm(context: Context, operation: Operation, qparams: UniformQParams) 
 
 def softmax(context: Context, operation: Operation, qparams: UniformQParams) -> str:
     """Emit a softmax that stands alone: exponentials by table, divided by their row's sum."""
-    weights, total = _exponentials(context, operation, RowRelativeQParams(255))
+    weights, total = _exponentials(context, operation, RowRelativeQParams(uniform_codebook(8)))
     return _normalized(context, operation, weights, total, 1 / qparams.scale[0], qparams)
 
 
@@ -101,11 +102,11 @@ def _exponentials(context: Context, operation: Operation, levels: RowRelativeQPa
     table = builder.constant(exponential_table(scores.scale[0], levels), f"{operation.name}.table")
     label, shape, module = operation.name, operation.shape, operation.module
     weights = context.once(
-        (f"{label}@{levels.levels}", scores),
+        (f"{label}@{levels.codebook}", scores),
         lambda: builder.node("exponentials", (x, table), TensorType("uint8", shape), f"{label}.exp", module),
     )
     total = context.once(
-        (f"{label}@{levels.levels}.sum", scores),
+        (f"{label}@{levels.codebook}.sum", scores),
         lambda: builder.node("row_sum", (weights,), TensorType("int32", (*shape[:-1], 1)), f"{label}.sum", module),
     )
     return weights, total

@@ -26,10 +26,12 @@ from pathlib import Path
 
 import onnx
 
-from calibration.engine import Calibrated
+from calibration.engine import Calibrated, QParams
 from ptq.artifact import refuse_existing
 from ptq.onnx_export.model import build_model
+from quantizers.codebook import CodebookQParams
 from quantizers.errors import UsageError
+from quantizers.row_relative import RowRelativeQParams
 
 
 def export_onnx(calibrated: Calibrated, path: Path, metadata: Mapping[str, str]) -> None:
@@ -44,13 +46,20 @@ def export_onnx(calibrated: Calibrated, path: Path, metadata: Mapping[str, str])
         metadata: texts that the file carries as ``metadata_props``.
 
     Raises:
-        UsageError: the path exists, or the recipe asks for the published integer forms, which ONNX cannot express.
+        UsageError: the path exists, or the recipe asks for the published integer forms or for levels that are not
+            evenly spaced, which ONNX cannot express.
     """
     if calibrated.recipe.nonlinear == "published":
         raise UsageError(
             f"recipe {calibrated.recipe.name} uses the published integer forms of softmax, GELU and LayerNorm, which "
             "ONNX operators cannot compute; export with '--format tvm', or quantize with a method whose forms are "
             "corrected, such as minmax"
+        )
+    uneven = [entry.site.name for entry in calibrated.sites if _has_codebook(entry.qparams)]
+    if uneven:
+        raise UsageError(
+            f"{len(uneven)} sites have levels that are not evenly spaced, which QuantizeLinear cannot express: "
+            f"{', '.join(uneven)}; export with '--format tvm', or quantize them with uniform levels"
         )
     refuse_existing(path)
     model = build_model(calibrated, metadata)
@@ -62,6 +71,12 @@ def export_onnx(calibrated: Calibrated, path: Path, metadata: Mapping[str, str])
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _has_codebook(qparams: QParams) -> bool:
+    if isinstance(qparams, RowRelativeQParams):
+        return qparams.codebook.family != "uniform"
+    return isinstance(qparams, CodebookQParams)
 
 
 __all__ = ["export_onnx"]

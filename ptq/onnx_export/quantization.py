@@ -24,7 +24,7 @@ class Quantizer:
     def activation(self, tensor: str, qparams: QParams, module: str) -> str:
         """Quantize and dequantize a float tensor; return the name of the result."""
         uniform = probability_format(qparams) if isinstance(qparams, RowRelativeQParams) else qparams
-        assert isinstance(uniform, UniformQParams), "the published forms are refused before"
+        assert isinstance(uniform, UniformQParams), "published forms and codebooks are refused before"
         parameters = (
             self._builder.initializer(np.array(uniform.scale[0], np.float32), f"{tensor}_scale"),
             self._builder.initializer(np.array(uniform.zero_point, uniform.dtype), f"{tensor}_zero_point"),
@@ -79,9 +79,9 @@ class Quantizer:
 
 
 def probability_format(qparams: RowRelativeQParams) -> UniformQParams:
-    """Return the format of a softmax output: codes 0 to ``levels`` for probabilities 0 to 1.
+    """Return the format of a softmax output: codes 0 to the largest level for probabilities 0 to 1.
 
     Runtimes fuse attention only around a fixed scale with zero point 0, which leaves no place for a maximum
     of each row. uint8 keeps the one bit that int8 would lose to signs that probabilities do not have.
     """
-    return UniformQParams((float(np.float32(1 / qparams.levels)),), 0, 0, qparams.levels)
+    return UniformQParams((float(np.float32(1 / qparams.peak)),), 0, 0, qparams.peak)

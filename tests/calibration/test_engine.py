@@ -20,6 +20,7 @@ from calibration.integerize import integerize
 from calibration.rules import Recipe, Rule
 from calibration.simulate import simulate
 from calibration.trace import trace
+from quantizers.codebook import uniform_codebook
 from quantizers.errors import DataError, ModelError
 from quantizers.integer.interpret import interpret
 from quantizers.row_relative import RowRelativeQParams
@@ -97,7 +98,7 @@ def test_minmax_is_the_extremes_of_the_float_network() -> None:
     execute(traced("ours"), (x,), on_edge)
     for entry in calibrated("ours").sites:
         if entry.site.kind == "probability":
-            assert entry.qparams == RowRelativeQParams(255)
+            assert entry.qparams == RowRelativeQParams(uniform_codebook(8))
         elif entry.site.kind not in ("weight", "constant"):
             assert isinstance(entry.qparams, UniformQParams)
             peak = float(seen[entry.site.edges[0]].abs().max())

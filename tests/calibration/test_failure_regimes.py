@@ -22,6 +22,7 @@ from calibration.graph import Graph, Operation
 from calibration.integerize import integerize
 from calibration.rules import Recipe
 from calibration.sites import OUTPUT, Site
+from quantizers.codebook import uniform_codebook
 from quantizers.integer import ivit
 from quantizers.integer.interpret import interpret, run
 from quantizers.integer.interpret_ivit import shift_exponential
@@ -32,7 +33,7 @@ from quantizers.shiftmax import ShiftmaxQParams
 from quantizers.spec import QuantSpec
 from quantizers.uniform import UniformQParams
 
-WIDE, NARROW, ROW = ShiftmaxQParams(16), ShiftmaxQParams(8), RowRelativeQParams(255)
+WIDE, NARROW, ROW = ShiftmaxQParams(16), ShiftmaxQParams(8), RowRelativeQParams(uniform_codebook(8))
 INT32 = 2**31 - 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,9 +20,11 @@ from calibration.rules import Recipe, Rule
 from calibration.simulate import simulate
 from calibration.trace import trace
 from quantizers.errors import UnsupportedOperatorError
+from quantizers.families import FAMILIES, candidates
 from quantizers.integer.interpret import interpret, run
 from quantizers.integer.program import IntegerProgram, Node
 from quantizers.integer.verify import verify
+from quantizers.row_relative import RowRelativeQParams
 from quantizers.spec import QuantSpec
 
 
@@ -95,6 +98,26 @@ def test_every_width(bits: int, symmetric: bool) -> None:
             assert -(2 ** (bits - 1)) <= int(values[node.name].min()) <= int(values[node.name].max()) < 2 ** (bits - 1)
         if node.op == "exponentials":
             assert int(values[node.name].max()) == 2**bits - 1
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_probabilities_of_every_family(family: str, bits: int) -> None:
+    """Levels stand in the tables of exponentials; integers are as close to the simulation as at uniform levels."""
+    x, result = images("ours", 8, seed=5), calibrated("ours", recipe(search="mse"))
+    row = RowRelativeQParams(candidates(family, bits)[-1])
+    sites = tuple(replace(e, qparams=row) if e.site.kind == "probability" else e for e in result.sites)
+    changed = replace(result, sites=sites)
+    program = integerize(changed)
+    verify(program)
+    values = run(program, (x,))
+    found = [values[node.name] for node in program.nodes if node.op == "exponentials"]
+    assert found
+    for levels in found:
+        assert set(levels.unique().tolist()) <= set(row.codebook.levels)
+        assert int(levels.max()) == row.codebook.levels[-1]
+    (exact,), (simulated,), (integers,) = execute(result.graph, (x,)), simulate(changed, (x,)), interpret(program, x)
+    assert relative(integers, simulated) < relative(simulated, exact)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

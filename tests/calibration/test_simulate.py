@@ -12,6 +12,8 @@ from calibration.engine import calibrate
 from calibration.graph import execute
 from calibration.simulate import apply, simulate
 from calibration.trace import trace
+from quantizers.codebook import CodebookQParams, fake_quantize_codebook, uniform_codebook
+from quantizers.logarithm import log2
 from quantizers.row_relative import RowRelativeQParams, fake_quantize_rows
 from quantizers.uniform import UniformQParams, fake_quantize
 
@@ -28,11 +30,12 @@ def test_a_linear_by_hand() -> None:
     assert torch.equal(simulate(result, (x,))[0], expected)
 
 
-def test_probabilities_are_row_relative() -> None:
-    """A format is applied by its type."""
+def test_formats_are_applied_by_their_type() -> None:
     row = torch.tensor([[0.1, 0.2, 0.7]])
-    qparams = RowRelativeQParams(7)
+    qparams = RowRelativeQParams(uniform_codebook(3))
     assert torch.equal(apply(qparams, row), fake_quantize_rows(row, qparams))
+    levels = CodebookQParams(log2(4), 2.0**-8, 0)
+    assert torch.equal(apply(levels, row), fake_quantize_codebook(row, levels))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +17,16 @@ from onnx import numpy_helper
 from support.models import Formula, calibrated, images, recipe, spread, traced
 from torch import Tensor, nn
 
-from calibration.engine import Calibrated, calibrate
+from calibration.engine import Calibrated, QParams, calibrate
 from calibration.graph import EXECUTORS, UNARY_FUNCTIONS, Graph, Operation, execute
 from calibration.rules import Recipe, Rule
 from calibration.trace import trace
 from ptq.onnx_export import export_onnx
 from ptq.onnx_export.operators import UNARY_WRITERS, WRITERS
 from ptq.version import tool_version
+from quantizers.codebook import CodebookQParams
 from quantizers.errors import UsageError
+from quantizers.logarithm import log2
 from quantizers.row_relative import RowRelativeQParams
 from quantizers.spec import QuantSpec
 from quantizers.uniform import UniformQParams, fake_quantize
@@ -82,7 +86,7 @@ def emulate(source: Calibrated, *inputs: Tensor) -> list[np.ndarray]:
             return (value.double() / step.double()).round().float() * step
         qparams = formats[operation.name, position]
         if isinstance(qparams, RowRelativeQParams):
-            return fake_quantize(value, UniformQParams((float(np.float32(1 / qparams.levels)),), 0, 0, qparams.levels))
+            return fake_quantize(value, UniformQParams((float(np.float32(1 / qparams.peak)),), 0, 0, qparams.peak))
         if len(qparams.scale) > 1:
             return fake_quantize(value[0], qparams)[None]
         return fake_quantize(value, qparams)
@@ -145,6 +149,17 @@ def test_existing_file_is_kept(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"model\.onnx exists; choose another path"):
         export_onnx(calibrated("ours"), path, METADATA)
     assert path.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("qparams", [RowRelativeQParams(log2(4)), CodebookQParams(log2(4), 1.0, 0)])
+def test_uneven_levels_are_refused(qparams: QParams, tmp_path: Path) -> None:
+    """With the sites' names, and before anything is written."""
+    result = calibrated("ours")
+    sites = tuple(replace(e, qparams=qparams) if e.site.kind == "probability" else e for e in result.sites)
+    names = ", ".join(e.site.name for e in sites if e.site.kind == "probability")
+    with pytest.raises(UsageError, match=f"2 sites have levels that are not evenly spaced, .*: {re.escape(names)}; ex"):
+        export(replace(result, sites=sites), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_left_where_the_check_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
