@@ -42,6 +42,12 @@ class Histogram:
         middles: npt.NDArray[np.float64] = np.arange(2 * _HALF, dtype=np.float64) - (_HALF - 0.5)
         return middles * width
 
+    def filled(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Return the middles and the counts of the bins that hold values."""
+        counts = self.counts.numpy()
+        held = counts > 0
+        return self.centers()[held], counts[held].astype(np.float64)
+
 
 def empty() -> Histogram:
     """Return the statistics of no value."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -13,6 +15,8 @@ from quantizers.uniform import UniformQParams, fake_quantize, qparams_from_range
 
 #: Candidate ranges as shares of the full one. The full range is last and ties go to the larger.
 _ACTIVATION_SHARES = tuple(i / 100 for i in range(5, 101))
+#: Shares of the values beyond either end, for ``percentile_mse``.
+_TAILS = (1e-3, 1e-4, 1e-5)
 _WEIGHT_SHARES = tuple(i / 100 for i in range(30, 101, 2))
 
 
@@ -20,8 +24,13 @@ def search_activation(stats: Histogram, spec: QuantSpec) -> UniformQParams:
     """Choose the parameters of an activation by ``spec.search``.
 
     ``minmax`` takes the extremes, ``percentile`` the range that holds that share of the values, ``mse``
-    the share of the full range with the least mean squared error on the histogram.
+    the share of the full range with the least mean squared error on the histogram, ``percentile_mse`` that of
+    :data:`_TAILS` cut off on either side (RepQ-ViT, official code).
     """
+    if spec.search == "percentile_mse":
+        ranges = [_percentile_range(stats, replace(spec, percentile=100 * (1 - 2 * tail))) for tail in _TAILS]
+        choices = [qparams_from_range(low, high, spec) for low, high in ranges]
+        return min(choices, key=lambda qparams: histogram_error(stats, qparams))
     if spec.search == "percentile":
         return qparams_from_range(*_percentile_range(stats, spec), spec)
     if spec.search == "mse":
@@ -32,7 +41,7 @@ def search_activation(stats: Histogram, spec: QuantSpec) -> UniformQParams:
 
 def histogram_error(stats: Histogram, qparams: UniformQParams) -> float:
     """Return the mean squared quantization error over the bins' centres."""
-    centers, counts = stats.centers(), stats.counts.numpy()
+    centers, counts = stats.filled()
     scale = qparams.scale[0]
     codes = np.clip(np.rint(centers / scale) + qparams.zero_point, qparams.qmin, qparams.qmax)
     error = (codes - qparams.zero_point) * scale - centers
@@ -42,20 +51,21 @@ def histogram_error(stats: Histogram, qparams: UniformQParams) -> float:
 def search_weight(weight: Tensor, spec: QuantSpec) -> UniformQParams:
     """Choose one scale per output channel of a weight (N, ...), by extremes or by mean squared error.
 
-    ``percentile`` means the extremes here: a row has too few entries for percentiles to differ.
+    ``percentile`` means the extremes here: a row has too few entries for percentiles to differ. What looks at more than
+    the weights (``output``, ``feedback``) begins with the least squared error.
     """
     rows = weight.reshape(weight.shape[0], -1)
     peak = rows.abs().amax(1)
-    if spec.search != "mse":
-        return qparams_from_range(-peak.numpy(), peak.numpy(), spec)
+    if spec.search in ("minmax", "percentile"):
+        return qparams_from_range(-peak.cpu().numpy(), peak.cpu().numpy(), spec)
     best_error, best_peak = torch.full_like(peak, float("inf")), peak
     for share in _WEIGHT_SHARES:
         limit = peak * share
-        candidate = qparams_from_range(-limit.numpy(), limit.numpy(), spec)
+        candidate = qparams_from_range(-limit.cpu().numpy(), limit.cpu().numpy(), spec)
         error = (fake_quantize(rows, candidate) - rows).square().sum(1)
         better = error <= best_error
         best_error, best_peak = torch.where(better, error, best_error), torch.where(better, limit, best_peak)
-    return qparams_from_range(-best_peak.numpy(), best_peak.numpy(), spec)
+    return qparams_from_range(-best_peak.cpu().numpy(), best_peak.cpu().numpy(), spec)
 
 
 def _shrunk(stats: Histogram, share: float, spec: QuantSpec) -> UniformQParams:
