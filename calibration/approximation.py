@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from calibration.engine import Calibrated, CalibratedSite, QParams
+from calibration.calibrated import Calibrated, CalibratedSite, QParams
 from calibration.graph import UNARY_FUNCTIONS, Graph, Operation
 from calibration.integerize import integerize
 from calibration.integerize.published import SHIFT_GELU_FUNCTIONS

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibration.engine import QParams
+from calibration.calibrated import QParams
 from calibration.graph import EXECUTORS, VIEWS, Executor, Graph, Operation
 from calibration.integerize.published import SHIFT_GELU_FUNCTIONS, i_layer_norm_constants
 from calibration.integerize.shared_requantize import rescaled

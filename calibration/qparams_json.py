@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from calibration.engine import QParams
+from calibration.calibrated import QParams
 from quantizers.codebook import Codebook, CodebookQParams, uniform_codebook
 from quantizers.errors import ArtifactError, UsageError
 from quantizers.row_relative import RowRelativeQParams

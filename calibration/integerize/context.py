@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from calibration.engine import QParams
+from calibration.calibrated import QParams
 from calibration.graph import Graph, Operation
 from calibration.integerize.builder import ProgramBuilder
 from calibration.integerize.scales import Scales, compress

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from calibration.engine import Calibrated, QParams
+from calibration.calibrated import Calibrated, QParams
 from calibration.graph import VIEWS, Operation
 from calibration.integerize.builder import ProgramBuilder
 from calibration.integerize.context import Accumulator, requantize

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from calibration.engine import QParams
+from calibration.calibrated import QParams
 from calibration.graph import VIEWS, Operation
 from calibration.integerize.scales import Scales, viewed
 from calibration.sites import Edge, Structure

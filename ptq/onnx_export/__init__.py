@@ -26,7 +26,7 @@ from pathlib import Path
 
 import onnx
 
-from calibration.engine import Calibrated, QParams
+from calibration.calibrated import Calibrated, QParams
 from ptq.artifact import refuse_existing
 from ptq.onnx_export.model import build_model
 from quantizers.codebook import CodebookQParams

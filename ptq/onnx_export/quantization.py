@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from calibration.engine import QParams
+from calibration.calibrated import QParams
 from ptq.onnx_export.builder import Array, NodeBuilder
 from quantizers.row_relative import RowRelativeQParams
 from quantizers.uniform import UniformQParams

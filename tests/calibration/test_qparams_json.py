@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.models import calibrated
 
-from calibration.engine import QParams
+from calibration.calibrated import QParams
 from calibration.qparams_json import format_name, qparams_from_json, qparams_to_json
 from calibration.serialize import calibrated_from_bytes, calibrated_to_bytes
 from quantizers.codebook import CodebookQParams, uniform_codebook

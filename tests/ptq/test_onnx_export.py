@@ -17,7 +17,7 @@ from onnx import numpy_helper
 from support.models import Formula, calibrated, images, recipe, spread, traced
 from torch import Tensor, nn
 
-from calibration.engine import Calibrated, QParams, calibrate
+from calibration.calibrated import Calibrated, QParams, calibrate
 from calibration.graph import EXECUTORS, UNARY_FUNCTIONS, Graph, Operation, execute
 from calibration.rules import Recipe, Rule
 from calibration.trace import trace

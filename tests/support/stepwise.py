@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calibration.engine import Calibrated
+from calibration.calibrated import Calibrated
 from calibration.graph import Operation, execute
 from calibration.integerize.lowering import _Lowering
 from calibration.published import published_executors
