@@ -18,8 +18,9 @@ from torch import Tensor
 
 from calibration.checkpoint import StatisticsStore
 from calibration.graph import Graph, Operation, check_shapes, execute
+from calibration.heads import head_counts
 from calibration.rules import Recipe, assign_specs
-from calibration.search import search_activation, search_weight
+from calibration.search import search_activation, search_heads, search_weight
 from calibration.sites import OUTPUT, Edge, Site, find_sites
 from calibration.statistics import Histogram, empty, update
 from quantizers.codebook import CodebookQParams, uniform_codebook
@@ -27,7 +28,7 @@ from quantizers.errors import DataError, ModelError
 from quantizers.row_relative import RowRelativeQParams
 from quantizers.shiftmax import ShiftmaxQParams
 from quantizers.spec import QuantSpec
-from quantizers.uniform import UniformQParams, qparams_from_range, quantize
+from quantizers.uniform import HEAD_AXIS, UniformQParams, qparams_from_range, quantize
 
 QParams = UniformQParams | CodebookQParams | RowRelativeQParams | ShiftmaxQParams
 Progress = Callable[[str, int, int], None]
@@ -100,12 +101,14 @@ def calibrate(
     """
     sites = find_sites(graph)
     specs = assign_specs(sites, recipe)
+    heads = head_counts(graph, sites, specs, recipe)
     _require_finite_constants(graph)
     observed = [site for site in sites if _is_observed(graph, site)]
-    stats, count, fingerprint = _observe(graph, observed, images, total, progress, store)
+    stats, count, fingerprint = _observe(graph, observed, heads, images, total, progress, store)
     qparams: dict[str, QParams] = {}
     for done, site in enumerate(sites):
-        qparams[site.name] = _choose(graph, site, specs[site.name], stats.get(site.name), recipe.nonlinear)
+        seen = [stats[name] for name in _statistics_of(site, heads) if name in stats]
+        qparams[site.name] = _choose(graph, site, specs[site.name], seen, recipe.nonlinear)
         if progress is not None:
             progress("search ranges", done + 1, len(sites))
     _fit_weights_to_biases(graph, sites, qparams)
@@ -128,6 +131,7 @@ def _require_finite_constants(graph: Graph) -> None:
 def _observe(
     graph: Graph,
     sites: Sequence[Site],
+    heads: Mapping[str, int],
     images: Iterable[tuple[Tensor, ...]],
     total: int | None,
     progress: Progress | None,
@@ -135,7 +139,11 @@ def _observe(
 ) -> tuple[dict[str, Histogram], int, str]:
     first_edges = {site.edges[0]: site for site in sites}
     restored = store.load() if store is not None else None
-    stats, known = restored if restored is not None else ({site.name: empty() for site in sites}, [])
+    stats, known = (
+        restored
+        if restored is not None
+        else ({name: empty() for site in sites for name in _statistics_of(site, heads)}, [])
+    )
     digests: list[str] = []
 
     def require_finite(where: str, value: Tensor) -> None:
@@ -147,7 +155,10 @@ def _observe(
 
     def observe(site: Site, value: Tensor) -> None:
         require_finite(f"site {site.name}", value)
-        stats[site.name] = update(stats[site.name], value)
+        names = _statistics_of(site, heads)
+        parts = value.unbind(HEAD_AXIS) if site.name in heads else (value,)
+        for name, part in zip(names, parts, strict=True):
+            stats[name] = update(stats[name], part)
 
     def on_edge(operation: Operation, position: int, value: Tensor) -> Tensor:
         site = first_edges.get((operation.name, position))
@@ -186,6 +197,11 @@ def _observe(
     return stats, len(digests), hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
+def _statistics_of(site: Site, heads: Mapping[str, int]) -> list[str]:
+    """Return the names of a site's statistics: its own, or one for each head."""
+    return [f"{site.name}[{head}]" for head in range(heads[site.name])] if site.name in heads else [site.name]
+
+
 def _digest(sample: tuple[Tensor, ...]) -> str:
     digest = hashlib.sha256()
     for tensor in sample:
@@ -208,16 +224,19 @@ def _micro_batches(graph: Graph, images: Iterable[tuple[Tensor, ...]]) -> Iterat
         yield tuple(torch.stack(column) for column in zip(*pending, strict=True))
 
 
-def _choose(graph: Graph, site: Site, spec: QuantSpec, stats: Histogram | None, nonlinear: str) -> QParams:
+def _choose(graph: Graph, site: Site, spec: QuantSpec, stats: Sequence[Histogram], nonlinear: str) -> QParams:
     if site.kind == "probability":
         if nonlinear == "published":
             return ShiftmaxQParams(spec.bits)
         return RowRelativeQParams(uniform_codebook(spec.bits))
-    if stats is not None:
-        return search_activation(stats, spec)
+    if stats:
+        return search_heads(stats, spec) if spec.granularity == "head" else search_activation(stats[0], spec)
     constant = graph.constants[site.value]
     if site.kind == "weight":
         return search_weight(constant, spec)
+    if spec.granularity == "head":
+        heads = constant.movedim(HEAD_AXIS, 0).flatten(1)
+        return qparams_from_range(heads.amin(1).numpy(), heads.amax(1).numpy(), spec)
     return qparams_from_range(float(constant.min()), float(constant.max()), spec)
 
 

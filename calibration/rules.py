@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 
 from calibration.sites import SITE_KINDS, Site
 from quantizers.errors import RecipeError
@@ -64,6 +65,10 @@ class Recipe:
 
 #: Widths that the integer operators read at each kind; everything else is a mistake in a recipe.
 _WIDE_KINDS = frozenset({"residual", "constant", "output"})
+#: Granularities that the integer operators have at each kind; everything else has one scale for a tensor.
+_GRANULARITIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"weight": ("channel",), **dict.fromkeys(("query", "key", "value"), ("tensor", "head"))}
+)
 
 
 def assign_specs(sites: Sequence[Site], recipe: Recipe) -> dict[str, QuantSpec]:
@@ -93,9 +98,10 @@ def assign_specs(sites: Sequence[Site], recipe: Recipe) -> dict[str, QuantSpec]:
 
 def _require_possible(recipe: Recipe, site: Site, spec: QuantSpec) -> None:
     where = f"recipe {recipe.name}: site {site.name} ({site.kind})"
-    if (spec.granularity == "channel") != (site.kind == "weight"):
-        expected = "channel" if site.kind == "weight" else "tensor"
-        raise RecipeError(f"{where} needs granularity {expected!r}, the rule says {spec.granularity!r}")
+    granularities = _GRANULARITIES.get(site.kind, ("tensor",))
+    if spec.granularity not in granularities:
+        expected = " or ".join(map(repr, granularities))
+        raise RecipeError(f"{where} needs granularity {expected}, the rule says {spec.granularity!r}")
     if site.kind == "weight" and not spec.symmetric:
         raise RecipeError(f"{where} needs symmetric weights; the integer kernels have no row sums of activations")
     if site.kind == "probability" and recipe.nonlinear == "published":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -22,12 +25,29 @@ def search_activation(stats: Histogram, spec: QuantSpec) -> UniformQParams:
     ``minmax`` takes the extremes, ``percentile`` the range that holds that share of the values, ``mse``
     the share of the full range with the least mean squared error on the histogram.
     """
+    return qparams_from_range(*_range(stats, spec), spec)
+
+
+def search_heads(stats: Sequence[Histogram], spec: QuantSpec) -> UniformQParams:
+    """Choose one scale per head, and one zero point for all, from the range that ``spec.search`` finds for each.
+
+    Args:
+        stats: of each head.
+        spec: of granularity ``head``.
+    """
+    alone = dataclasses.replace(spec, granularity="tensor")
+    lows, highs = zip(*(_range(head, alone) for head in stats), strict=True)
+    return qparams_from_range(lows, highs, spec)
+
+
+def _range(stats: Histogram, spec: QuantSpec) -> tuple[float, float]:
     if spec.search == "percentile":
-        return qparams_from_range(*_percentile_range(stats, spec), spec)
+        return _percentile_range(stats, spec)
     if spec.search == "mse":
-        errors = [histogram_error(stats, _shrunk(stats, share, spec)) for share in _ACTIVATION_SHARES]
-        return _shrunk(stats, _ACTIVATION_SHARES[_last_best(np.asarray(errors))], spec)
-    return qparams_from_range(stats.low, stats.high, spec)
+        shrunk = (qparams_from_range(stats.low * share, stats.high * share, spec) for share in _ACTIVATION_SHARES)
+        share = _ACTIVATION_SHARES[_last_best(np.asarray([histogram_error(stats, qparams) for qparams in shrunk]))]
+        return stats.low * share, stats.high * share
+    return stats.low, stats.high
 
 
 def histogram_error(stats: Histogram, qparams: UniformQParams) -> float:
@@ -56,10 +76,6 @@ def search_weight(weight: Tensor, spec: QuantSpec) -> UniformQParams:
         better = error <= best_error
         best_error, best_peak = torch.where(better, error, best_error), torch.where(better, limit, best_peak)
     return qparams_from_range(-best_peak.numpy(), best_peak.numpy(), spec)
-
-
-def _shrunk(stats: Histogram, share: float, spec: QuantSpec) -> UniformQParams:
-    return qparams_from_range(stats.low * share, stats.high * share, spec)
 
 
 def _last_best(errors: npt.NDArray[np.float64]) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from quantizers.errors import UsageError
 
 SEARCHES = ("minmax", "percentile", "mse")
-GRANULARITIES = ("tensor", "channel")
+GRANULARITIES = ("tensor", "channel", "head")
 #: Widths of codes that matrix products and tables read; 16 is the residual stream's.
 MIN_BITS, MAX_BITS, WIDE_BITS = 2, 8, 16
 
@@ -19,7 +19,8 @@ class QuantSpec:
     Args:
         bits: 2 to 8, or 16; a tensor gets exactly ``2^bits`` codes (weights one less, to be symmetric).
         symmetric: zero point 0.
-        granularity: ``tensor``: scale of shape (); ``channel``: weights of shape (N, ...) get scales (N,).
+        granularity: ``tensor``: scale of shape (); ``channel``: weights of shape (N, ...) get scales (N,);
+            ``head``: queries, keys and values of shape (..., heads, M, K) get scales (heads,) and one zero point.
         search: how the range is found: ``minmax``, ``percentile`` or ``mse``.
         percentile: share of values inside the range, percent; read by ``percentile`` only.
 
