@@ -240,7 +240,7 @@ class Decider:
     def _error_at_result(self, site: Site, operation: Operation, position: int):  # type: ignore[no-untyped-def]
         """Return the error of an operand's format at the result of what reads it."""
         name = operation.inputs[position]
-        if site.kind in ("linear_input", "image"):
+        if site.kind in ("linear_input", "activation_output", "image"):
             readers = [self._graph.producers()[edge[0]] for edge in site.edges]
             weight = torch.cat(
                 [self._float.constants[reader.inputs[1]].flatten(1) for reader in readers]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from calibration.calibrated import QParams
 from calibration.graph import EXECUTORS, VIEWS, Executor, Graph, Operation
+from calibration.heads import rescaled
 from calibration.integerize.published import SHIFT_GELU_FUNCTIONS, i_layer_norm_constants
-from calibration.integerize.shared_requantize import rescaled
 from calibration.sites import OUTPUT, Edge
 from quantizers.integer import ivit
 from quantizers.integer.interpret_ivit import normalize, shift_gelu, shiftmax
@@ -51,7 +51,7 @@ def published_executors(graph: Graph, formats: Mapping[Edge, QParams]) -> Mappin
         formats: by edge; the inputs of these operators are fake-quantized in them before they are called.
     """
     steps = {
-        operation.name: {qparams.scale[0] for qparams in reading_formats(graph, formats, operation.name)}
+        operation.name: {s for qparams in reading_formats(graph, formats, operation.name) for s in qparams.scale}
         for operation in graph.operations
         if operation.op == "add"
     }

@@ -97,7 +97,11 @@ class Recipe:
 _WIDE_KINDS = frozenset({"residual", "constant", "output"})
 #: Operands of products, which read any levels.
 _CODEBOOK_KINDS = frozenset(
-    {"linear_input", "probability", "query", "key", "value", "matmul_left", "matmul_right", "multiply_input"}
+    {"linear_input", "activation_output", "probability", "query", "key", "value", "matmul_left", "matmul_right", "multiply_input"}
+)
+#: Granularities that the integer operators have at each kind; everything else has one scale for a tensor.
+_GRANULARITIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"weight": ("channel",), **dict.fromkeys(("query", "key", "value"), ("tensor", "head"))}
 )
 
 
@@ -128,9 +132,10 @@ def assign_specs(sites: Sequence[Site], recipe: Recipe) -> dict[str, QuantSpec]:
 
 def _require_possible(recipe: Recipe, site: Site, spec: QuantSpec) -> None:
     where = f"recipe {recipe.name}: site {site.name} ({site.kind})"
-    if (spec.granularity == "channel") != (site.kind == "weight"):
-        expected = "channel" if site.kind == "weight" else "tensor"
-        raise RecipeError(f"{where} needs granularity {expected!r}, the rule says {spec.granularity!r}")
+    granularities = _GRANULARITIES.get(site.kind, ("tensor",))
+    if spec.granularity not in granularities:
+        expected = " or ".join(map(repr, granularities))
+        raise RecipeError(f"{where} needs granularity {expected}, the rule says {spec.granularity!r}")
     if site.kind == "weight" and not spec.symmetric:
         raise RecipeError(f"{where} needs symmetric weights; the integer kernels have no row sums of activations")
     if site.kind == "probability" and recipe.nonlinear == "published":

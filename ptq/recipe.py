@@ -11,6 +11,7 @@ rules:                      # the first rule that matches a site wins
     bits: 4
     granularity: channel
     search: mse
+  - {kind: value, bits: 8, granularity: head}       # a scale for each head: query, key or value
   - {kind: residual, bits: 16, optional: true}
   - {bits: 8, search: percentile, percentile: 99.9}
 """

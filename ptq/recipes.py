@@ -23,7 +23,7 @@ class RecipeEntry:
         symmetric: whether activations have zero point 0.
         attention: granularity of queries, keys and values.
         probability: format of attention probabilities.
-        linear_input: format of the inputs of linears.
+        activation_output: format of what GELU makes for the next linear.
         table_input: search of what 256-entry tables read: scores, and inputs of GELU.
         choices: further keys of a recipe.
     """
@@ -34,7 +34,7 @@ class RecipeEntry:
     symmetric: bool = True
     attention: str = "tensor"
     probability: str = "uniform"
-    linear_input: str = "uniform"
+    activation_output: str = "uniform"
     table_input: str | None = None
     choices: Mapping[str, str | bool] = MappingProxyType({})
 
@@ -48,7 +48,7 @@ RECIPES: Mapping[str, RecipeEntry] = MappingProxyType(
             symmetric=False,
             attention="head",
             probability="any",
-            linear_input="any",
+            activation_output="any",
             choices=MappingProxyType(
                 {
                     "propagation": "quantized",
@@ -90,7 +90,7 @@ RECIPES: Mapping[str, RecipeEntry] = MappingProxyType(
             symmetric=False,
             attention="head",
             probability="adalog",
-            linear_input="adalog",
+            activation_output="adalog",
             choices=MappingProxyType({"layer_norm_scale": "mean"}),
         ),
         "ias": RecipeEntry(
@@ -155,6 +155,6 @@ def named_recipe(method: str, bits: str) -> Recipe:
     rules += [Rule(table_input, kind=kind, optional=True) for kind in ("scores", "activation_input")]
     rules += [Rule(attention, kind=kind, optional=True) for kind in ("query", "key", "value")]
     rules += [Rule(probability, kind="probability", optional=True)]
-    rules += [Rule(replace(activation, format=entry.linear_input), kind="linear_input", optional=True)]
+    rules += [Rule(replace(activation, format=entry.activation_output), kind="activation_output", optional=True)]
     rules += [Rule(activation)]
     return Recipe(f"{method}-{bits}", tuple(rules), **dict(entry.choices))  # type: ignore[arg-type]

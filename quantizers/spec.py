@@ -10,7 +10,7 @@ from quantizers.errors import UsageError
 RANGE_SEARCHES = ("minmax", "percentile", "mse", "percentile_mse")
 SEARCHES = (*RANGE_SEARCHES, "output", "feedback")
 FORMATS = ("uniform", "log2", "log_sqrt2", "adalog", "tangent", "sulq", "any")
-GRANULARITIES = ("tensor", "channel")
+GRANULARITIES = ("tensor", "channel", "head")
 #: Widths of codes that matrix products and tables read; 16 is the residual stream's.
 MIN_BITS, MAX_BITS, WIDE_BITS = 2, 8, 16
 
@@ -22,7 +22,8 @@ class QuantSpec:
     Args:
         bits: 2 to 8, or 16; a tensor gets exactly ``2^bits`` codes (weights one less, to be symmetric).
         symmetric: zero point 0.
-        granularity: ``tensor``: scale of shape (); ``channel``: weights of shape (N, ...) get scales (N,).
+        granularity: ``tensor``: scale of shape (); ``channel``: weights of shape (N, ...) get scales (N,);
+            ``head``: queries, keys and values of shape (..., heads, M, K) get scales (heads,) and one zero point.
         search: how scale and zero point are found. ``minmax``: the extremes; ``percentile``: the range of that share of
             the values; ``mse``: the range with the least squared error; ``percentile_mse``: that of three percentiles
             (RepQ-ViT); ``output``: the least squared error at the result of the operation that reads the tensor;

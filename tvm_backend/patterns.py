@@ -179,7 +179,8 @@ class Patterns:
         if target.strides[-1] != 1 and normalize.type.shape[-1] > 1:
             chain, target = (), strided_target((), normalize.type.shape)
             assert target is not None
-        numerator, smallest = normalize.integer("numerator"), self._bounds[total.name].low
+        # The reciprocals of all heads have one type, which the largest decides.
+        numerator, smallest = self._bounds[normalize.inputs[2]].high, self._bounds[total.name].low
         quotient = numerator // smallest
         reach = numerator * -(-self._bounds[product.name].magnitude // self._bounds[total.name].high)
         shift = normalize.integer("shift")
@@ -194,6 +195,7 @@ class Patterns:
             table=constants[exponentials.inputs[1]],
             product=product,
             normalize=normalize,
+            numerator=constants[normalize.inputs[2]],
             narrow_reciprocal=narrow_reciprocal,
             query=views[0][1],
             key=views[1][1],

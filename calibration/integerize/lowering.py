@@ -15,12 +15,13 @@ import numpy as np
 
 from calibration.calibrated import Calibrated, QParams
 from calibration.graph import VIEWS, Operation
+from calibration.heads import before_concat, before_view, rescaled
 from calibration.integerize.builder import ProgramBuilder
 from calibration.integerize.context import Accumulator, requantize
 from calibration.integerize.forms import require_integer_forms
 from calibration.integerize.nonlinear import FORMS
 from calibration.integerize.scales import compress, viewed
-from calibration.integerize.shared_requantize import plan_shared_requantize, rescaled, saturation
+from calibration.integerize.shared_requantize import plan_shared_requantize, saturation
 from calibration.sites import OUTPUT, Edge, Structure
 from quantizers.integer.program import IntegerProgram, TensorType
 from quantizers.integer.verify import verify
@@ -91,11 +92,15 @@ class _Lowering:
             scale = float(np.float32(qparams.scale[0]))
             return builder.node("quantize", (value,), kind, f"{value}.codes", "", scale=scale, **saturation(qparams))
         if operation.op in VIEWS:
-            return self._view(operation, self.codes(operation.inputs[0], qparams))
+            source = operation.inputs[0]
+            before = before_view(operation, self.shapes[source], qparams)
+            assert before is not None, "calibration refuses such heads"
+            return self._view(operation, self.codes(source, before))
         if operation.op == "scale" and operation.real("factor") > 0:
             return self.codes(operation.inputs[0], rescaled(qparams, 1 / operation.real("factor")))
         if operation.op == "concat":
-            parts = [self.codes(name, qparams) for name in operation.inputs]
+            formats = before_concat(operation, [self.shapes[name] for name in operation.inputs], qparams)
+            parts = [self.codes(name, part) for name, part in zip(operation.inputs, formats, strict=True)]
             return builder.concat(parts, operation.integer("axis"), f"{value}.codes", operation.module)
         if self.structure.is_row_relative(operation):
             return self._forms["attention_product"](self, operation, qparams)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -27,16 +28,32 @@ def search_activation(stats: Histogram, spec: QuantSpec) -> UniformQParams:
     the share of the full range with the least mean squared error on the histogram, ``percentile_mse`` that of
     :data:`_TAILS` cut off on either side (RepQ-ViT, official code).
     """
+    return qparams_from_range(*_range(stats, spec), spec)
+
+
+def search_heads(stats: Sequence[Histogram], spec: QuantSpec) -> UniformQParams:
+    """Choose one scale per head, and one zero point for all, from the range that ``spec.search`` finds for each.
+
+    Args:
+        stats: of each head.
+        spec: of granularity ``head``.
+    """
+    alone = dataclasses.replace(spec, granularity="tensor")
+    lows, highs = zip(*(_range(head, alone) for head in stats), strict=True)
+    return qparams_from_range(lows, highs, spec)
+
+
+def _range(stats: Histogram, spec: QuantSpec) -> tuple[float, float]:
     if spec.search == "percentile_mse":
-        ranges = [_percentile_range(stats, replace(spec, percentile=100 * (1 - 2 * tail))) for tail in _TAILS]
-        choices = [qparams_from_range(low, high, spec) for low, high in ranges]
-        return min(choices, key=lambda qparams: histogram_error(stats, qparams))
+        ranges = [_percentile_range(stats, dataclasses.replace(spec, percentile=100 * (1 - 2 * tail))) for tail in _TAILS]
+        return min(ranges, key=lambda ends: histogram_error(stats, qparams_from_range(*ends, spec)))
     if spec.search == "percentile":
-        return qparams_from_range(*_percentile_range(stats, spec), spec)
+        return _percentile_range(stats, spec)
     if spec.search == "mse":
-        errors = [histogram_error(stats, _shrunk(stats, share, spec)) for share in _ACTIVATION_SHARES]
-        return _shrunk(stats, _ACTIVATION_SHARES[_last_best(np.asarray(errors))], spec)
-    return qparams_from_range(stats.low, stats.high, spec)
+        shrunk = (qparams_from_range(stats.low * share, stats.high * share, spec) for share in _ACTIVATION_SHARES)
+        share = _ACTIVATION_SHARES[_last_best(np.asarray([histogram_error(stats, qparams) for qparams in shrunk]))]
+        return stats.low * share, stats.high * share
+    return stats.low, stats.high
 
 
 def histogram_error(stats: Histogram, qparams: UniformQParams) -> float:
@@ -66,10 +83,6 @@ def search_weight(weight: Tensor, spec: QuantSpec) -> UniformQParams:
         better = error <= best_error
         best_error, best_peak = torch.where(better, error, best_error), torch.where(better, limit, best_peak)
     return qparams_from_range(-best_peak.cpu().numpy(), best_peak.cpu().numpy(), spec)
-
-
-def _shrunk(stats: Histogram, share: float, spec: QuantSpec) -> UniformQParams:
-    return qparams_from_range(stats.low * share, stats.high * share, spec)
 
 
 def _last_best(errors: npt.NDArray[np.float64]) -> int:

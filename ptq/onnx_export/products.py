@@ -6,12 +6,16 @@ ONNX Runtime replaces a product and its DequantizeLinear neighbours by one integ
 - the bias is int32 and is part of the Gemm: behind a MatMul on three axes of unknown batch it is added in float;
 - no QuantizeLinear has several readers: an int8 pair is shifted to uint8, the type of the kernels, only where
   it has one. Equal nodes are merged before that, so each linear has a view of its input of its own;
+- each operand of a product of two activations has one scale. ONNX Runtime makes one integer kernel of a product of
+  operands with an axis of scales, which it then cannot run. Scales of heads are factors of the product, so they are
+  divided out before a QuantizeLinear of scale 1 and multiplied in after the product: the same codes, on integers;
 - a Conv has a QuantizeLinear behind it. Residual streams have none here, so a convolution that cuts its input
   into patches is written as a Gemm on them, and any other one runs on dequantized values.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -65,8 +69,23 @@ def write_matmul(writer: GraphWriter, operation: Operation) -> None:
         rank = len(writer.shapes[operation.inputs[1]]) + 1
         axes = (*range(rank - 2), rank - 1, rank - 2)
         right = writer.step(operation, "transposed", "Transpose", (right,), perm=axes)
-    operands = [_activation(writer, operation, position, tensor) for position, tensor in enumerate((left, right))]
-    writer.result(operation, "MatMul", operands)
+    operands, factor = [], np.ones(1, np.float32)
+    for position, tensor in enumerate((left, right)):
+        qparams = writer.formats[operation.name, position]
+        if not isinstance(qparams, UniformQParams) or len(qparams.scale) == 1:
+            operands.append(_activation(writer, operation, position, tensor))
+            continue
+        scales = qparams.scales().astype(np.float32)
+        factor = factor * scales
+        divisor = writer.builder.initializer(scales, f"{tensor}_head_scales")
+        steps = writer.step(operation, f"steps_{position}", "Div", (tensor, divisor))
+        unit = dataclasses.replace(qparams, scale=(1.0,))
+        operands.append(writer.quantizer.activation(steps, unit, operation.module))
+    if factor.size == 1:
+        writer.result(operation, "MatMul", operands)
+        return
+    product = writer.step(operation, "product", "MatMul", operands)
+    writer.result(operation, "Mul", (product, writer.builder.initializer(factor, f"{operation.name}_head_scales")))
 
 
 def _cuts_patches(writer: GraphWriter, operation: Operation) -> bool:

@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
+from support.heads import KINDS, head_recipe
 from support.models import Formula, calibrated, images, recipe, spread, traced
 from torch import Tensor, nn
 
@@ -34,6 +35,7 @@ from quantizers.uniform import UniformQParams, fake_quantize
 METADATA = {"recipe": "w8a8", "calibration_fingerprint": "00ff", "tool_version": "1.2"}
 #: Families whose attention differs: fused and separate projections, two heads, windows with a mask.
 FAMILIES = ("ours", "deit", "dinov2", "swin", "transformers")
+RECIPES = {"tensor": recipe(), "head": head_recipe(), "affine head": head_recipe(symmetric=False)}
 PRODUCTS = frozenset({"linear", "conv2d", "matmul"})
 
 
@@ -87,7 +89,7 @@ def emulate(source: Calibrated, *inputs: Tensor) -> list[np.ndarray]:
         qparams = formats[operation.name, position]
         if isinstance(qparams, RowRelativeQParams):
             return fake_quantize(value, UniformQParams((float(np.float32(1 / qparams.peak)),), 0, 0, qparams.peak))
-        if len(qparams.scale) > 1:
+        if len(qparams.scale) > 1 and qparams.axis == 0:
             return fake_quantize(value[0], qparams)[None]
         return fake_quantize(value, qparams)
 
@@ -175,9 +177,10 @@ def test_nothing_is_left_where_the_check_fails(tmp_path: Path, monkeypatch: pyte
 # The numbers ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("chosen", RECIPES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_networks_compute_what_the_file_means(name: str, tmp_path: Path) -> None:
-    source = calibrated(name)
+def test_networks_compute_what_the_file_means(name: str, chosen: str, tmp_path: Path) -> None:
+    source = calibrated(name, RECIPES[chosen])
     runner = session(export(source, tmp_path))
     (entry,) = runner.get_inputs()
     found, meant, real = [], [], []
@@ -201,6 +204,25 @@ def _two_products(x: Tensor, layer: nn.Module) -> Tensor:
 
 def _attention(x: Tensor, layer: nn.Module) -> Tensor:
     return (layer(x) @ x.transpose(-1, -2)).softmax(-1) @ x
+
+
+def _heads(x: Tensor, *layers: nn.Module) -> Tensor:
+    query, key, value = (layer(x).unflatten(-1, (2, 4)).transpose(-2, -3) for layer in layers)
+    return (query @ key.transpose(-1, -2)).softmax(-1) @ value
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (3, 5, 8)])
+@pytest.mark.parametrize("bits", [8, 3])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_products_of_heads_are_exact(shape: tuple[int, ...], bits: int, symmetric: bool, tmp_path: Path) -> None:
+    layers = [nn.Linear(8, 8) for _ in range(3)]
+    source = calibrated_formula(Formula(_heads, *layers), *shape, chosen=head_recipe(bits, symmetric=symmetric))
+    assert {len(entry.qparams.scale) for entry in source.sites if entry.site.kind in KINDS} == {2}
+    path = export(source, tmp_path)
+    for batch in (1, 3):
+        x = 2 * torch.randn((batch, *shape), generator=torch.Generator().manual_seed(batch))
+        (found,), (meant,) = run(path, x), emulate(source, x)
+        assert distance(found, meant) <= 1e-5 * np.linalg.norm(meant)
 
 
 def _product_cases() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
@@ -336,9 +358,10 @@ def test_zero_points_are_zero_unless_the_recipe_says_otherwise(tmp_path: Path) -
 # The kernels ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("chosen", RECIPES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_product_runs_on_integers(name: str, tmp_path: Path) -> None:
-    found = kernels(export(calibrated(name), tmp_path))
+def test_every_product_runs_on_integers(name: str, chosen: str, tmp_path: Path) -> None:
+    found = kernels(export(calibrated(name, RECIPES[chosen]), tmp_path))
     expected = collections.Counter(operation.op for operation in traced(name).operations)
     assert not {"Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Conv", "FusedConv", "DequantizeLinear"} & set(found)
     assert found["QGemm"] == expected["linear"] + expected["conv2d"]

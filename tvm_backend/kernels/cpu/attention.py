@@ -23,6 +23,7 @@ from tvm_backend.kernels.cpu.pack import Packed, pack_columns, pack_rows
 from tvm_backend.kernels.cpu.panel import Panel
 from tvm_backend.kernels.cpu.rescale import rescale
 from tvm_backend.kernels.cpu.score_stages import ScoreStage, ScoreWriter
+from tvm_backend.kernels.cpu.softmax import Numerators
 from tvm_backend.kernels.kernel import Array, Kernel, Layout, Operand
 from tvm_backend.strides import Strided
 from tvm_backend.targets import CpuTarget
@@ -42,6 +43,7 @@ class Attention:
         table: of ``exponentials``.
         product: ``matmul`` of the exponentials and the values.
         normalize: ``normalize_rows``.
+        numerator: of ``normalize_rows``, one entry or one for each of the leading axes.
         narrow_reciprocal: whether ``numerator // sum`` and the quotients are proved to fit int32.
         query: queries in operand 0, axes (*lead, queries, depth).
         key: keys in operand 1, axes (*lead, keys, depth).
@@ -56,6 +58,7 @@ class Attention:
     table: Array = field(repr=False)
     product: Node
     normalize: Node
+    numerator: Array = field(repr=False)
     narrow_reciprocal: bool
     query: Strided
     key: Strided
@@ -113,6 +116,7 @@ class _Writer:
                 buffers.append(sources[same])
             table = by_unsigned_code(rule.table, "uint8")
             self.table = function.constant(table)
+            self.numerators = Numerators(rule.numerator, function, self.lead)
             self.stages = [ScoreWriter(stage, function, self.lead, self.keys, self.dot.lanes) for stage in rule.stages]
             mask = np.zeros(WIDTH, np.int8)
             mask[: self.keys - (self.padded_keys - WIDTH)] = -1
@@ -124,6 +128,7 @@ class _Writer:
             blocks = -(-tiles // _TILES_PER_TASK)
             with tirx.parallel(items * blocks) as task:
                 item, block = task // blocks, task % blocks
+                numerator = self.numerators.of(item % count)
                 rows = tirx.alloc_buffer((_ROWS, self.padded_keys), "uint8", scope="global")
                 if self.padded_keys > self.score_vectors * self.dot.lanes:
                     # Score tiles never write these, and lookups read them.
@@ -142,7 +147,8 @@ class _Writer:
                         at = [tirx.min(first + i, self.queries - 1) for i in range(_ROWS)]
                         self._scores(panel, at, keys, item, count, rows)
                         sums = self._exponentials(rows)
-                        self._mix(result, at, rows, sums, values, item, count)
+                        reciprocals = self._reciprocals(numerator, sums)
+                        self._mix(result, at, rows, reciprocals, values, item, count)
         return function.kernel()
 
     def _lead_index(self, item: Expr, count: int, view: Strided) -> Expr:
@@ -273,18 +279,21 @@ class _Writer:
             tirx.buffer_store(rows, literal(0, "uint8"), [i, j])
         tirx.buffer_store(sums, total[0], [i])
 
-    def _mix(
-        self, result: Buffer, at: Sequence[Expr], rows: Buffer, sums: Buffer, values: Packed, item: Expr, count: int
-    ) -> None:
-        tirx, dot, node = script(), self.dot, self.rule.normalize
-        lanes = dot.lanes
+    def _reciprocals(self, numerator: Expr, sums: Buffer) -> Buffer:
         wide = "int32" if self.rule.narrow_reciprocal else "int64"
         reciprocals = local(_ROWS, wide)
-        numerator = literal(node.integer("numerator"), "int64")
         for i in range(_ROWS):
             # Both are positive, where truncation is the floor.
             quotient = import_tvm("tvm.tirx").truncdiv(numerator, cast(sums[i], "int64"))
-            tirx.buffer_store(reciprocals, cast(quotient, wide), [i])
+            script().buffer_store(reciprocals, cast(quotient, wide), [i])
+        return reciprocals
+
+    def _mix(
+        self, result: Buffer, at: Sequence[Expr], rows: Buffer, reciprocals: Buffer, values: Packed, item: Expr,
+        count: int,
+    ) -> None:  # fmt: skip
+        tirx, dot, node = script(), self.dot, self.rule.normalize
+        lanes = dot.lanes
         panel = Panel(dot, rows, lambda row, k: [row, k], "uint8", values.groups * dot.group, _ROWS)
         read = panel.fill(list(range(_ROWS)))
         zero_right = values.zero_points(self.rule.product, "uint8")[1]
