@@ -17,7 +17,7 @@ from calibration.graph import EXECUTORS, Graph, Operation
 from calibration.heads import head_counts
 from calibration.moments import Moments, MomentSums
 from calibration.progress import Decisions
-from calibration.reparam.choose import rewrite
+from calibration.rewriting import Rewriter
 from calibration.rules import Recipe
 from calibration.sampling import layer_rows, sample_rows
 from calibration.search.heads import search_attention_operand
@@ -85,6 +85,7 @@ class Decider:
         self._quantized: Stream | None = None
         if recipe.propagation == "quantized":
             self._quantized = Stream(self._network, "quantized", cache, device, self._read)
+        self._rewriter = Rewriter(self._float, recipe)
         self._images = 0
 
     def add_images(self, batch: tuple[Tensor, ...]) -> None:
@@ -110,11 +111,7 @@ class Decider:
         """Decide everything at an operation, then run it."""
         made = Decisions()
         # What a rewrite replaces is read by this operation or by later ones.
-        rewritten, note = rewrite(self, operation)
-        self._replace(made.rewritten, rewritten)
-        if note is not None:
-            made.notes.append(note)
-            self.notes.append(note)
+        self._rewrite(made, operation)
         for position, site in sorted(self._sites_at.get(operation.name, []), key=lambda entry: entry[0]):
             if site.kind != "weight":
                 self._decide_format(made, site, self._choose(site, operation, position))
@@ -150,25 +147,19 @@ class Decider:
         """The run whose activations get formats: the quantized one where the recipe propagates it."""
         return self._reference if self._quantized is None else self._quantized
 
-    @property
-    def reference(self) -> Stream:
-        """The float run."""
-        return self._reference
-
-    @property
-    def float_graph(self) -> Graph:
-        """The float graph with the rewrites so far."""
-        return self._float
-
-    @property
-    def recipe(self) -> Recipe:
-        """What the user asked for."""
-        return self._recipe
-
-    def spec_at(self, operation: str, position: int) -> QuantSpec | None:
-        """Return the spec of an edge's site."""
-        site = self._site_of.get((operation, position))
-        return None if site is None else self._specs[site.name]
+    def _rewrite(self, made: Decisions, operation: Operation) -> None:
+        if operation.op == "layer_norm" and self._recipe.layer_norm_scale != "none":
+            readers = self._rewriter.linears_of(operation)
+            if not readers:
+                return
+            specs = [self._specs[self._site_of[readers[0], position].name] for position in (0, 1)]
+            rewritten, note = self._rewriter.layer_norm_scale(operation, self.source, *specs)
+            self._replace(made.rewritten, rewritten)
+            if note is not None:
+                made.notes.append(note)
+                self.notes.append(note)
+        elif operation.op == "linear" and self._recipe.centring:
+            self._replace(made.rewritten, self._rewriter.centring(operation, self._reference))
 
     # Running ----------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from calibration.rules import Recipe, Rule
@@ -36,7 +36,7 @@ class RecipeEntry:
     probability: str = "uniform"
     activation_output: str = "uniform"
     table_input: str | None = None
-    choices: Mapping[str, str | bool] = MappingProxyType({})
+    choices: Mapping[str, str | bool] = field(default_factory=dict)
 
 
 RECIPES: Mapping[str, RecipeEntry] = MappingProxyType(

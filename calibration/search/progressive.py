@@ -102,7 +102,7 @@ def progressive_search_groups(
         errors = look(current)
         if step == steps - 1:
             break
-        kept = torch.take_along_dim(current, errors.argsort(0, stable=True)[:width], 0)
+        kept = torch.take_along_dim(current, errors.argsort(dim=0, stable=True)[:width], 0)
         offsets = torch.tensor([-0.5, -1 / 6, 1 / 6, 0.5], dtype=scales.dtype, device=scales.device)
         current = (kept[:, None] + offsets[None, :, None] * gap).flatten(0, 1).clamp(min=torch.finfo(torch.float32).tiny)
         gap = gap / 3.5

@@ -22,7 +22,7 @@ from calibration.graph import EXECUTORS, Operation, execute
 from calibration.heads import before_concat, before_view
 from calibration.integerize import integerize
 from calibration.rules import Recipe, Rule
-from calibration.search import search_activation, search_heads
+from calibration.search.ranges import search_activation, search_heads
 from calibration.serialize import calibrated_from_bytes, calibrated_to_bytes
 from calibration.simulate import simulate
 from calibration.statistics import Histogram, empty, update
