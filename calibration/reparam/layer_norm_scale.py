@@ -112,7 +112,10 @@ def fit_channels(rows: Tensor, bits: int) -> ChannelFormat:
         channel = int((~rows.isfinite()).any(0).nonzero()[0])
         raise DataError(f"channel {channel} holds a value that is not finite; check the images and the weights")
     width = max(1, _CHUNK // rows.shape[0])
-    fits = [_least_error(part.to(torch.float64).contiguous().numpy(), (1 << bits) - 1) for part in rows.T.split(width)]
+    fits = [
+        _least_error(part.to(torch.float64).contiguous().numpy(), (1 << bits) - 1)
+        for part in torch.split(rows.T, width)
+    ]
     scale, zero_point, middle, median = (np.concatenate(column) for column in zip(*fits, strict=True))
     live = scale > 0
     typical = _lower_median(scale[live]) if live.any() else 1.0
