@@ -81,6 +81,7 @@ class _Logits(nn.Module):
 
 
 def _transformers() -> nn.Module:
+    _declare_torchvision_operators()
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(
         hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=48, image_size=32, patch_size=8
