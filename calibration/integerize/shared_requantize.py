@@ -15,8 +15,10 @@ import numpy.typing as npt
 
 from calibration.engine import QParams
 from calibration.graph import VIEWS, Operation
+from calibration.integerize.operands import OperandQParams
 from calibration.integerize.scales import Scales, viewed
 from calibration.sites import Edge, Structure
+from quantizers.codebook import CodebookQParams
 from quantizers.uniform import UniformQParams
 
 
@@ -59,8 +61,11 @@ def saturation(qparams: UniformQParams) -> dict[str, int]:
     return {"zero_point": qparams.zero_point, "qmin": qparams.qmin, "qmax": qparams.qmax}
 
 
-def rescaled(qparams: UniformQParams, factor: float) -> UniformQParams:
+def rescaled(qparams: OperandQParams, factor: float) -> OperandQParams:
     """Return the format in which ``factor * x`` has the codes that ``x`` has in ``qparams``."""
+    if isinstance(qparams, CodebookQParams):
+        # A codebook keeps a float32 scale: rounding it moves no threshold by more than 2^-16 of a step.
+        return dataclasses.replace(qparams, scale=float(np.float32(qparams.scale * factor)))
     return dataclasses.replace(qparams, scale=tuple(scale * factor for scale in qparams.scale))
 
 
@@ -86,9 +91,12 @@ def _collect(
             _collect(structure, formats, reader.name, index, factor * reader.real("factor"), demands)
         elif (reader.name, position) in formats:
             qparams = formats[reader.name, position]
-            assert isinstance(qparams, UniformQParams)
+            assert isinstance(qparams, UniformQParams | CodebookQParams)
             # Seen from the layer, before the scaling, a step is that much larger.
             wanted = qparams if factor == 1.0 else rescaled(qparams, 1 / factor)
+            if isinstance(wanted, CodebookQParams):
+                # A table turns the layer's carrier codes into levels, so these are what it is asked for.
+                wanted = wanted.carrier
             channels = np.unique(index)
             if not any(wanted == known.qparams and np.array_equal(channels, known.channels) for known in demands):
                 demands.append(_Demand(wanted, channels))
