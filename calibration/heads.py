@@ -9,23 +9,33 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
 
 from calibration.graph import VIEWS, Graph, Operation
 from calibration.rules import Recipe
 from calibration.sites import Site, Structure
+from quantizers.codebook import CodebookQParams
 from quantizers.errors import RecipeError
 from quantizers.spec import QuantSpec
 from quantizers.uniform import HEAD_AXIS, UniformQParams
 
+#: A format of an operand; what only moves or scales it keeps the kind of format.
+Operand = TypeVar("Operand", UniformQParams, CodebookQParams)
+
 _SUMS = frozenset({"linear", "matmul", "multiply", "mean", "add"})
 
 
-def rescaled(qparams: UniformQParams, factor: float) -> UniformQParams:
+def rescaled(qparams: Operand, factor: float) -> Operand:
     """Return the format in which ``factor * x`` has the codes that ``x`` has in ``qparams``."""
+    if isinstance(qparams, CodebookQParams):
+        # A codebook keeps a float32 scale: rounding it moves no threshold by more than 2^-16 of a step.
+        return dataclasses.replace(qparams, scale=float(np.float32(qparams.scale * factor)))
     return dataclasses.replace(qparams, scale=tuple(scale * factor for scale in qparams.scale))
 
 
-def before_view(operation: Operation, shape: tuple[int, ...], qparams: UniformQParams) -> UniformQParams | None:
+def before_view(operation: Operation, shape: tuple[int, ...], qparams: Operand) -> Operand | None:
     """Return the format of a view's operand in which the view's result has a given format.
 
     Args:
@@ -37,7 +47,7 @@ def before_view(operation: Operation, shape: tuple[int, ...], qparams: UniformQP
         The format, or None where the scales of the operand would differ along more than one axis. Elements that a
         slice drops have the first scale.
     """
-    if len(qparams.scale) == 1:
+    if isinstance(qparams, CodebookQParams) or len(qparams.scale) == 1:
         return qparams
     axis, rank = qparams.axis + len(operation.shape), len(shape)
     match operation.op:
@@ -62,10 +72,12 @@ def before_view(operation: Operation, shape: tuple[int, ...], qparams: UniformQP
 
 
 def before_concat(
-    operation: Operation, shapes: Sequence[tuple[int, ...]], qparams: UniformQParams
-) -> list[UniformQParams]:
+    operation: Operation, shapes: Sequence[tuple[int, ...]], qparams: Operand
+) -> list[Operand]:
     """Return the formats of a concatenation's operands, of the given sample shapes, for that of its result."""
     axis = operation.integer("axis")
+    if isinstance(qparams, CodebookQParams):
+        return [qparams] * len(shapes)
     if len(qparams.scale) == 1 or qparams.axis + len(operation.shape) != axis:
         return [qparams] * len(shapes)
     formats, start = [], 0

@@ -11,13 +11,14 @@ import torch
 from calibration.graph import UNARY_FUNCTIONS, Operation
 from calibration.integerize.context import Context, add_operands
 from calibration.integerize.layer_norm import layer_norm_constants
+from calibration.integerize.operands import OperandQParams, operand_codes
 from calibration.integerize.scales import Scales, compress
 from calibration.integerize.shared_requantize import saturation
 from quantizers.codebook import uniform_codebook
 from quantizers.integer.fixed_point import choose_shift, to_common_fixed_point
 from quantizers.integer.program import TensorType
 from quantizers.row_relative import RowRelativeQParams, exponential_table
-from quantizers.uniform import UniformQParams, quantize
+from quantizers.uniform import UniformQParams
 
 #: Bits of the numerator of ``normalize_rows``: divided by a sum of at least 255 it fits int32.
 _NUMERATOR_BITS = 38
@@ -55,19 +56,19 @@ def attention_product(context: Context, operation: Operation, qparams: UniformQP
     assert isinstance(levels, RowRelativeQParams)
     producer = context.structure.producers[operation.inputs[0]]
     weights, total = _exponentials(context, producer, levels)
-    values = context.uniform(operation.name, 1)
+    values = context.operand(operation.name, 1)
     product = context.product(operation, weights, 0, context.codes(operation.inputs[1], values), values.zero_point)
     return _normalized(context, operation, product, total, values.scales() / qparams.scales(), qparams)
 
 
-def unary(context: Context, operation: Operation, qparams: UniformQParams) -> str:
-    """Emit a function of one value as a table."""
+def unary(context: Context, operation: Operation, qparams: OperandQParams) -> str:
+    """Emit a function of one value as a table of codes, or of the levels of a codebook."""
     source = context.uniform(operation.name, 0)
     x = context.codes(operation.inputs[0], source)
     lowest = -128 if source.dtype == "int8" else 0
     steps = torch.arange(lowest, lowest + 256, dtype=torch.float64) - source.zero_point
     function = UNARY_FUNCTIONS[str(operation.attributes["function"])]
-    table = quantize(function(steps * source.scale[0]).to(torch.float32), qparams).numpy().astype(qparams.dtype)
+    table = operand_codes(function(steps * source.scale[0]).to(torch.float32), qparams)
     return context.builder.node(
         "lookup",
         (x, context.builder.constant(table, f"{operation.name}.table")),

@@ -113,7 +113,7 @@ def attention_product(context: Context, operation: Operation, qparams: UniformQP
     levels = context.formats[operation.name, 0]
     assert isinstance(levels, ShiftmaxQParams)
     probabilities = _shiftmax(context, context.structure.producers[operation.inputs[0]], levels)
-    values = context.uniform(operation.name, 1)
+    values = context.operand(operation.name, 1)
     v = context.codes(operation.inputs[1], values)
     product = context.product(operation, probabilities, 0, v, values.zero_point)
     ratio = levels.scale * values.scales() / qparams.scales()

@@ -15,8 +15,10 @@ import numpy.typing as npt
 from calibration.calibrated import QParams
 from calibration.graph import VIEWS, Operation
 from calibration.heads import before_view, rescaled
+from calibration.integerize.operands import OperandQParams
 from calibration.integerize.scales import Scales, viewed
 from calibration.sites import Edge, Structure
+from quantizers.codebook import CodebookQParams
 from quantizers.uniform import UniformQParams
 
 
@@ -89,6 +91,9 @@ def _demands(
             found += [_Demand(rescaled(demand.qparams, factor), demand.channels) for demand in inner]
         elif (reader.name, position) in formats:
             wanted = formats[reader.name, position]
-            assert isinstance(wanted, UniformQParams)
+            assert isinstance(wanted, UniformQParams | CodebookQParams)
+            if isinstance(wanted, CodebookQParams):
+                # A table turns the layer's carrier codes into levels, so these are what it is asked for.
+                wanted = wanted.carrier
             found.append(_Demand(wanted, np.unique(index)))
     return found
