@@ -69,8 +69,13 @@ def attention_program(shape: Shape) -> IntegerProgram:
         "normalize_rows", (mixed, total), "int8", (heads, tokens, size),
         numerator=int(rng.integers(2**bits // 2, 2**bits)), shift=bits - 1, **saturate("int8", -5),
     )  # fmt: skip
-    together = b.node("permute", (mixed,), "int8", (tokens, heads, size), axes=(1, 0, 2))
-    result = b.node("reshape", (together,), "int8", (tokens, heads * size), shape=(tokens, heads * size))
+    kind = "int8"
+    if rng.random() < 0.5:
+        kind = str(rng.choice(["int8", "uint8"]))
+        levels = rng.integers(LIMITS[kind][0], LIMITS[kind][1] + 1, 256).astype(kind)
+        mixed = b.node("lookup", (mixed, b.constant(levels)), kind, (heads, tokens, size))
+    together = b.node("permute", (mixed,), kind, (tokens, heads, size), axes=(1, 0, 2))
+    result = b.node("reshape", (together,), kind, (tokens, heads * size), shape=(tokens, heads * size))
     return b.build(
         b.node("dequantize", (result, b.constant(np.float32([0.5]))), "float32", (tokens, heads * size), zero_point=1)
     )
