@@ -19,6 +19,8 @@ import numpy as np
 from calibration.graph import Operation
 from ptq.onnx_export.builder import Array
 from ptq.onnx_export.writer import GraphWriter
+from quantizers.codebook import CodebookQParams
+from quantizers.row_relative import RowRelativeQParams
 from quantizers.uniform import UniformQParams, quantize
 
 
@@ -59,13 +61,25 @@ def write_conv2d(writer: GraphWriter, operation: Operation) -> None:
 
 
 def write_matmul(writer: GraphWriter, operation: Operation) -> None:
-    """Write a product of two activations, each quantized just before it."""
+    """Write a product of two activations, each quantized just before it.
+
+    Probabilities in uneven levels are relative to the largest of their row, so that each row of the product is divided
+    by their sum.
+    """
     left, right = (writer.value(name) for name in operation.inputs)
     if operation.integer("transpose_b"):
         rank = len(writer.shapes[operation.inputs[1]]) + 1
         axes = (*range(rank - 2), rank - 1, rank - 2)
         right = writer.step(operation, "transposed", "Transpose", (right,), perm=axes)
-    operands = [_activation(writer, operation, position, tensor) for position, tensor in enumerate((left, right))]
+    rows = writer.formats[operation.name, 0]
+    if isinstance(rows, RowRelativeQParams) and rows.codebook.family != "uniform":
+        weights = writer.quantizer.row_levels(left, rows, operation.module)
+        operands = (weights, _activation(writer, operation, 1, right))
+        product = writer.step(operation, "product", "MatMul", operands)
+        total = writer.step(operation, "total", "ReduceSum", (weights, writer.builder.integers((-1,))), keepdims=1)
+        writer.result(operation, "Div", (product, total))
+        return
+    operands = (_activation(writer, operation, 0, left), _activation(writer, operation, 1, right))
     writer.result(operation, "MatMul", operands)
 
 
@@ -99,18 +113,19 @@ def _activation(writer: GraphWriter, operation: Operation, position: int, tensor
     return writer.quantizer.activation(tensor, writer.formats[operation.name, position], operation.module)
 
 
-def _uniform(writer: GraphWriter, operation: Operation, position: int) -> UniformQParams:
-    qparams = writer.formats[operation.name, position]
-    assert isinstance(qparams, UniformQParams), (operation.name, position)
+def _weight(writer: GraphWriter, operation: Operation) -> UniformQParams:
+    qparams = writer.formats[operation.name, 1]
+    assert isinstance(qparams, UniformQParams), operation.name
     return qparams
 
 
 def _codes(writer: GraphWriter, operation: Operation) -> Array:
-    return quantize(writer.graph.constants[operation.inputs[1]], _uniform(writer, operation, 1)).numpy()
+    return quantize(writer.graph.constants[operation.inputs[1]], _weight(writer, operation)).numpy()
 
 
 def _weight_and_bias(writer: GraphWriter, operation: Operation, codes: Array) -> tuple[str, str]:
-    source, weight = (_uniform(writer, operation, position) for position in (0, 1))
+    source, weight = writer.formats[operation.name, 0], _weight(writer, operation)
+    assert isinstance(source, UniformQParams | CodebookQParams), operation.name
     _, weight_name, bias_name = operation.inputs
     return (
         writer.quantizer.weight(codes, weight, weight_name, operation.module),
