@@ -29,7 +29,7 @@ from calibration.rules import Recipe, assign_specs
 from calibration.sites import find_sites
 from quantizers.errors import DataError, ModelError
 
-__all__ = ["MICRO_BATCH", "Calibrated", "CalibratedSite", "Options", "Progress", "QParams", "calibrate"]
+
 
 #: Called with a stage, what is done and what there is to do.
 Progress = Callable[[str, int, int], None]

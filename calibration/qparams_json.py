@@ -22,8 +22,18 @@ _NAMES: dict[type[QParams], str] = {
 
 
 def format_name(qparams: QParams) -> str:
-    """Return the name of a number format as artifacts and reports spell it."""
+    """Return the name of a number format as artifacts spell it: one for each kind of parameters."""
     return _NAMES[type(qparams)]
+
+
+def format_label(qparams: QParams) -> str:
+    """Return the name of a number format as people read it: with its codebook, such as ``adalog(q=20)``."""
+    if isinstance(qparams, CodebookQParams):
+        return qparams.codebook.name
+    name = format_name(qparams)
+    if isinstance(qparams, RowRelativeQParams) and qparams.codebook.family != "uniform":
+        return f"{name} {qparams.codebook.name}"
+    return name
 
 
 def qparams_to_json(qparams: QParams) -> dict[str, Any]:

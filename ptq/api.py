@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from calibration.approximation import approximations
 from calibration.cache import DEFAULT_MEMORY_LIMIT
-from calibration.calibrated import Calibrated
+from calibration.calibrated import Calibrated, QParams
 from calibration.engine import Options, Progress, calibrate
 from calibration.graph import execute
 from calibration.integerize import integerize
 from calibration.integerize.forms import require_integer_forms
 from calibration.progress import ProgressStore
-from calibration.qparams_json import format_name
+from calibration.qparams_json import format_label, format_name
 from calibration.rules import Recipe
 from calibration.serialize import (
     calibrated_from_bytes,
@@ -156,7 +156,7 @@ class Quantized:
         return {
             "integer_ops": len(self.program.nodes) - len(doors) - len(float_nodes),
             "float_ops": len(float_nodes),
-            "sites": self._sites(),
+            "sites": self._sites(format_label),
             "size_bytes": len(files["program.json"]) + len(files["program.safetensors"]),
             "float_size_bytes": sum(t.numel() * t.element_size() for t in self.calibrated.graph.constants.values()),
             "recipe": recipe_to_json(self.calibrated.recipe),
@@ -189,12 +189,12 @@ class Quantized:
 
     __hash__ = None  # type: ignore[assignment]  # weights have no cheap hash
 
-    def _sites(self) -> list[dict[str, Any]]:
+    def _sites(self, name: Callable[[QParams], str]) -> list[dict[str, Any]]:
         return [
             {
                 "name": entry.site.name,
                 "kind": entry.site.kind,
-                "format": format_name(entry.qparams),
+                "format": name(entry.qparams),
                 "bits": entry.spec.bits,
                 "granularity": "row" if isinstance(entry.qparams, RowRelativeQParams) else entry.spec.granularity,
             }
@@ -208,7 +208,7 @@ class Quantized:
             "tool_version": tool_version(),
             "recipe": recipe_to_json(self.calibrated.recipe),
             "preprocessing": None if self.preprocessing is None else self.preprocessing.to_dict(),
-            "sites": self._sites(),
+            "sites": self._sites(format_name),
             "provenance": self.metadata(),
         }
         return description, {

@@ -261,3 +261,8 @@ def nearest_levels(
     """
     passed = np.searchsorted(np.array(thresholds(codebook)), 2 * np.asarray(carrier, np.float64), side="left")
     return np.array(codebook.levels, np.uint8)[passed]
+
+
+def carrier_table(codebook: Codebook) -> npt.NDArray[np.uint8]:
+    """Return the level nearest to each code of the carrier, uint8[256], ties to the lower one."""
+    return nearest_levels(np.arange(TOP + 1), codebook)

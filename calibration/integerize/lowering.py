@@ -21,11 +21,11 @@ from calibration.integerize.builder import ProgramBuilder
 from calibration.integerize.context import Accumulator, requantize
 from calibration.integerize.forms import require_integer_forms
 from calibration.integerize.nonlinear import FORMS, ends_in_table
-from calibration.integerize.operands import OperandQParams, carrier_table, operand_codes
+from calibration.integerize.operands import OperandQParams, operand_codes
 from calibration.integerize.scales import compress, viewed
 from calibration.integerize.shared_requantize import plan_shared_requantize, saturation
 from calibration.sites import OUTPUT, Edge, Structure
-from quantizers.codebook import CodebookQParams
+from quantizers.codebook import CodebookQParams, carrier_table
 from quantizers.errors import UsageError
 from quantizers.integer.program import IntegerProgram, TensorType
 from quantizers.integer.verify import verify
@@ -126,7 +126,7 @@ class _Lowering:
         if operation is not None and ends_in_table(operation, self._nonlinear):
             return corrected.unary(self, operation, qparams)
         codes = self.codes(value, qparams.carrier)
-        table = self.builder.constant(carrier_table(qparams), f"{value}.levels.table")
+        table = self.builder.constant(carrier_table(qparams.codebook), f"{value}.levels.table")
         kind = TensorType(qparams.dtype, self.shapes[value])
         source = "" if operation is None else operation.module
         return self.builder.node("lookup", (codes, table), kind, f"{value}.levels", source)

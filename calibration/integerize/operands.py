@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from quantizers.codebook import CodebookQParams, levels_of, nearest_levels
+from quantizers.codebook import CodebookQParams, levels_of
 from quantizers.uniform import UniformQParams, quantize
 
 #: What an operand of a product may have.
@@ -32,8 +32,3 @@ def operand_codes(values: Tensor, qparams: OperandQParams) -> npt.NDArray[np.int
         return levels_of(values, qparams)
     codes: npt.NDArray[np.integer] = quantize(values, qparams).numpy().astype(qparams.dtype)
     return codes
-
-
-def carrier_table(qparams: CodebookQParams) -> npt.NDArray[np.uint8]:
-    """Return the level nearest to each carrier code, uint8[256]."""
-    return nearest_levels(np.arange(256), qparams.codebook)

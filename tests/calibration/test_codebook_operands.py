@@ -13,7 +13,8 @@ from support.stepwise import steps_apart
 from torch import Tensor, nn
 from torch.nn import functional
 
-from calibration.engine import Calibrated, calibrate
+from calibration.calibrated import Calibrated
+from calibration.engine import calibrate
 from calibration.graph import execute
 from calibration.integerize import integerize
 from calibration.published import reading_formats

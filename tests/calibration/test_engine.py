@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from calibration.checkpoint import StatisticsStore
-from calibration.engine import Calibrated, calibrate
+from calibration.calibrated import Calibrated
+from calibration.engine import calibrate
 from calibration.graph import execute
 from calibration.integerize import integerize
 from calibration.rules import Recipe, Rule

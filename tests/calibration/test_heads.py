@@ -17,7 +17,8 @@ from support.stepwise import steps_apart
 from torch import Tensor, nn
 
 from calibration.checkpoint import StatisticsStore
-from calibration.engine import Calibrated, calibrate
+from calibration.calibrated import Calibrated
+from calibration.engine import calibrate
 from calibration.graph import EXECUTORS, Operation, execute
 from calibration.heads import before_concat, before_view
 from calibration.integerize import integerize

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.codebooks import GELU_LOW, with_codebooks
 from support.embedded import write_images, write_model
 
 import ptq
+from calibration.integerize import integerize
 from ptq.cli import main
+from quantizers.adalog import adalog
+from quantizers.logarithm import log_sqrt2
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +72,25 @@ def test_verify_finds_tvm_equal(workspace: Path, capsys: pytest.CaptureFixture[s
     """TVM gives the interpreter's bits."""
     result = json_of(capsys, "verify", str(workspace / "out"), "--data", str(workspace / "data.npz"))
     assert result == {"backend": "tvm", "n": 24, "equal": True, "max_abs_diff": 0.0}
+
+
+def test_inspect_names_codebooks(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With their parameters, for people; files keep one key for each kind of format."""
+    plain = ptq.load(workspace / "out")
+    formats = {"probability": log_sqrt2(4), r".*fc2\.input": adalog(4, 20)}
+    changed = with_codebooks(plain.calibrated, formats, low=GELU_LOW)
+    replace(plain, calibrated=changed, program=integerize(changed)).save(workspace / "codebooks")
+    result = json_of(capsys, "inspect", str(workspace / "codebooks"))
+    assert isinstance(result, dict)
+    shown = {site["name"]: site["format"] for site in result["sites"]}
+    assert {shown[name] for name in shown if name.endswith("fc2.input")} == {"adalog(q=20)"}
+    assert {shown[name] for name in shown if name.endswith("probability")} == {"row_relative log_sqrt2"}
+    kinds = {"uniform", "row_relative", "codebook"}
+    for name in ("manifest.json", "model.json"):
+        stored = json.loads((workspace / "codebooks" / name).read_text())
+        assert {site["format"] for site in stored["sites"]} == kinds
+    assert run("inspect", str(workspace / "codebooks")) == 0
+    assert "adalog(q=20)" in capsys.readouterr().out
 
 
 def test_inspect_lists_sites_and_sizes(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:

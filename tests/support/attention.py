@@ -78,8 +78,13 @@ def attention_program(shape: Shape) -> IntegerProgram:
     mixed = b.node(
         "normalize_rows", (mixed, total, b.constant(numerator)), "int8", rows, shift=bits - 1, **saturate("int8", -5)
     )
-    together = b.node("permute", (mixed,), "int8", split, axes=axes)
-    result = b.node("reshape", (together,), "int8", joined, shape=joined)
+    kind = "int8"
+    if rng.random() < 0.5:
+        kind = str(rng.choice(["int8", "uint8"]))
+        levels = rng.integers(LIMITS[kind][0], LIMITS[kind][1] + 1, 256).astype(kind)
+        mixed = b.node("lookup", (mixed, b.constant(levels)), kind, rows)
+    together = b.node("permute", (mixed,), kind, split, axes=axes)
+    result = b.node("reshape", (together,), kind, joined, shape=joined)
     return b.build(b.node("dequantize", (result, b.constant(np.float32([0.5]))), "float32", joined, zero_point=1))
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from calibration.engine import Calibrated, QParams
+from calibration.calibrated import Calibrated, QParams
 from quantizers.codebook import Codebook, codebook_qparams
 from quantizers.row_relative import RowRelativeQParams
 from quantizers.uniform import UniformQParams

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from calibration.engine import Calibrated, calibrate
+from calibration.calibrated import Calibrated
+from calibration.engine import calibrate
 from calibration.graph import Graph
 from calibration.rules import Recipe, Rule
 from calibration.trace import trace

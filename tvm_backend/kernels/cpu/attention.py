@@ -3,7 +3,7 @@
 A first parallel loop packs the keys and the values of every head as the dot-product instruction reads them. A
 second one goes through tiles of queries: their scores are requantized to codes in a small row buffer, which the
 table of exponentials turns into un-normalized probabilities; these multiply the values, and each row is divided
-once by its sum.
+once by its sum. Where the reader has a codebook, a table of 256 entries turns the codes into its levels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from quantizers.integer.program import INTEGER_RANGES, Node
 from tvm_backend.imports import import_tvm
 from tvm_backend.kernels.cpu.arithmetic import cast, literal, saturate, shift_round
-from tvm_backend.kernels.cpu.byte_table import WIDTH, by_unsigned_code, join, look_up
+from tvm_backend.kernels.cpu.byte_table import WIDTH, TableStore, by_unsigned_code, join, look_up, store_part
 from tvm_backend.kernels.cpu.dot import DOTS, Dot
 from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, local, script
 from tvm_backend.kernels.cpu.pack import Packed, pack_columns, pack_rows
@@ -44,12 +44,13 @@ class Attention:
         product: ``matmul`` of the exponentials and the values.
         normalize: ``normalize_rows``.
         numerator: of ``normalize_rows``, one entry or one for each of the leading axes.
+        levels: table of the ``lookup`` that alone reads its codes, if one does.
         narrow_reciprocal: whether ``numerator // sum`` and the quotients are proved to fit int32.
         query: queries in operand 0, axes (*lead, queries, depth).
         key: keys in operand 1, axes (*lead, keys, depth).
         value: values in operand 2, axes (*lead, keys, channels).
         result: the mixture in the result, axes (*lead, queries, channels).
-        result_node: last node, ``normalize`` or a view of it, whose value the kernel computes.
+        result_node: last node, ``normalize``, its ``lookup`` or a view, whose value the kernel computes.
         depth: channels of queries and keys.
     """
 
@@ -59,6 +60,7 @@ class Attention:
     product: Node
     normalize: Node
     numerator: Array = field(repr=False)
+    levels: Array | None = field(repr=False)
     narrow_reciprocal: bool
     query: Strided
     key: Strided
@@ -104,7 +106,7 @@ class _Writer:
     def kernel(self) -> Kernel:
         tirx, rule = script(), self.rule
         flat = Layout(1, (int(np.prod(rule.result_node.type.shape)),))
-        function = Function(rule.result_node, self.operands, flat, rule.normalize.type.dtype)
+        function = Function(rule.result_node, self.operands, flat)
         count = int(np.prod(self.lead))
         with function.body():
             sources: dict[int, Buffer] = {}
@@ -121,6 +123,9 @@ class _Writer:
             mask = np.zeros(WIDTH, np.int8)
             mask[: self.keys - (self.padded_keys - WIDTH)] = -1
             self.mask = function.constant(mask)
+            self.levels: TableStore | None = None
+            if rule.levels is not None:
+                self.levels = TableStore(rule.levels, rule.normalize.type.dtype, function, self.target)
             result = function.result()
             items = function.rows * count
             keys, values = self._pack(buffers, items, count)
@@ -306,16 +311,17 @@ class _Writer:
                 totals = values.multiply(item, vector, width, read, _ROWS, terms)
                 for i, vectors in enumerate(totals):
                     codes = [self._divided(v, reciprocals[i], lanes) for v in vectors]
-                    joined = join(codes, lanes)
-                    columns = self.channels - (first + (tiles - 1) * width) * lanes
-                    if columns >= width * lanes:
-                        sample, start = place(at[i], vector * lanes)
-                        tirx.buffer_store(result, joined, [sample, tirx.ramp(start, 1, width * lanes)])
-                        continue
-                    part = local(width * lanes, node.type.dtype)
-                    tirx.buffer_store(part, joined, [tirx.ramp(0, 1, width * lanes)])
-                    with tirx.serial(tirx.min(width * lanes, self.channels - vector * lanes)) as j:
-                        tirx.buffer_store(result, part[j], place(at[i], vector * lanes + j))
+                    start = place(at[i], vector * lanes)
+                    whole = self.channels - (first + (tiles - 1) * width) * lanes >= width * lanes
+                    columns = width * lanes if whole else tirx.min(width * lanes, self.channels - vector * lanes)
+                    if self.levels is not None:
+                        self.levels.store(result, start, codes, lanes, columns)
+                    elif whole:
+                        sample, channel = start
+                        place_of_all = [sample, tirx.ramp(channel, 1, width * lanes)]
+                        tirx.buffer_store(result, join(codes, lanes), place_of_all)
+                    else:
+                        store_part(result, start, join(codes, lanes), width * lanes, columns)
 
     def _divided(self, sums: Expr, reciprocal: Expr, lanes: int) -> Expr:
         tirx, node = script(), self.rule.normalize
