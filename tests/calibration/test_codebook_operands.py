@@ -31,7 +31,7 @@ from quantizers.integer.verify import verify
 from quantizers.logarithm import log2, log_sqrt2
 from quantizers.tangent import tangent
 
-OPERANDS = ("linear_input", "query", "key", "value")
+OPERANDS = ("linear_input", "activation_output", "query", "key", "value")
 IVIT = named_recipe("ivit", "w8a8")
 
 
@@ -89,7 +89,7 @@ def test_integers_are_as_good_as_the_simulation(name: str) -> None:
     """
     x, codebook = images(name, 8, seed=5), tangent(6, 1.2)
     result = with_codebooks(calibrated(name), {**dict.fromkeys(OPERANDS, codebook), "probability": log_sqrt2(6)})
-    (exact,), (simulated,) = execute(result.graph, (x,)), simulate(result, (x,))
+    (exact,), (simulated,) = execute(result.float_graph(), (x,)), simulate(result, (x,))
     (integers,) = interpret(integerize(result), x)
     assert relative(integers, exact) < 1.3 * relative(simulated, exact)
 
@@ -129,7 +129,7 @@ def test_requests_pass_on_as_uniform_ones_do(formula: object, kinds: tuple[str, 
     result, x = calibrated_formula(formula, nn.Linear(8, 8), nn.Linear(8, 8))
     changed = with_codebooks(result, dict.fromkeys(kinds, tangent(6, 1.2)))
     assert all(float(steps.max()) <= 1 for steps in steps_apart(changed, x).values())
-    (exact,), (simulated,) = execute(changed.graph, (x,)), simulate(changed, (x,))
+    (exact,), (simulated,) = execute(changed.float_graph(), (x,)), simulate(changed, (x,))
     assert relative(interpret(integerize(changed), x)[0], exact) < 1.3 * relative(simulated, exact)
 
 
@@ -137,7 +137,7 @@ def test_a_convolution_reads_levels() -> None:
     """Padding is real zero: the level of the zero point."""
     layers = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 3, stride=2, padding=(1, 2))
     result, x = calibrated_formula(lambda x, a, b: b(functional.relu(a(x))), *layers, shape=(3, 6, 8))
-    changed = with_codebooks(result, {"linear_input": log_sqrt2(4)})
+    changed = with_codebooks(result, {"activation_output": log_sqrt2(4)})
     assert all(float(steps.max()) == 0 for site, steps in steps_apart(changed, x).items() if "layers.1" in site)
     (integers,), (simulated,) = interpret(integerize(changed), x), simulate(changed, (x,))
     assert relative(integers, simulated) < 0.01

@@ -16,12 +16,12 @@ from support.models import MODELS, Formula, calibrated, images, recipe, spread, 
 from support.stepwise import steps_apart
 from torch import Tensor, nn
 
-from calibration.checkpoint import StatisticsStore
 from calibration.calibrated import Calibrated
 from calibration.engine import calibrate
 from calibration.graph import EXECUTORS, Operation, execute
 from calibration.heads import before_concat, before_view
 from calibration.integerize import integerize
+from calibration.progress import ProgressStore
 from calibration.rules import Recipe, Rule
 from calibration.search.ranges import search_activation, search_heads
 from calibration.serialize import calibrated_from_bytes, calibrated_to_bytes
@@ -31,7 +31,7 @@ from calibration.trace import trace
 from quantizers.errors import RecipeError
 from quantizers.integer.interpret import interpret
 from quantizers.integer.program import IntegerProgram, Node
-from quantizers.spec import SEARCHES, QuantSpec
+from quantizers.spec import RANGE_SEARCHES, QuantSpec
 from quantizers.uniform import HEAD_AXIS, UniformQParams
 
 UNTIMED = settings(deadline=None)
@@ -119,7 +119,7 @@ def statistics(heads: Tensor) -> list[Histogram]:
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("search", RANGE_SEARCHES)
 def test_each_symmetric_head_has_the_format_that_it_has_alone(search: str, bits: int) -> None:
     heads = torch.randn((3, 5000), generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [0.1], [30.0]])
     alone = [search_activation(stats, QuantSpec(bits, search=search)) for stats in statistics(heads)]
@@ -175,27 +175,26 @@ def test_statistics_are_those_of_the_heads(name: str) -> None:
             peaks[names[operation.name, position]] = heads.abs().amax(1)
         return value
 
-    execute(result.graph, (x,), on_edge)
+    execute(result.float_graph(), (x,), on_edge)
     for site, qparams in formats(result).items():
         assert np.allclose(qparams.scale, peaks[site].numpy() / 127, rtol=1e-5), site
 
 
 def test_an_interrupted_calibration_goes_on(tmp_path: Path) -> None:
-    """Statistics of heads are kept and restored as those of tensors are."""
-    x, store = images("ours", 19), StatisticsStore(tmp_path, "key")
+    """Formats with a scale for each head are kept and restored as others are."""
+    x, store, chosen = [(image,) for image in images("ours", 19)], ProgressStore(tmp_path, "key"), head_recipe()
+    names = [operation.name for operation in traced("ours").operations]
+    sites = [entry.site for entry in calibrated("ours", chosen).sites if entry.site.kind in KINDS]
+    last = max(names.index(site.edges[0][0]) for site in sites)
 
-    def interrupted() -> object:
-        for index, image in enumerate(x):
-            if index == 17:
-                raise KeyboardInterrupt
-            yield (image,)
+    def progress(stage: str, done: int, _total: int) -> None:
+        if (stage, done) == ("calibrate", last + 1):
+            raise KeyboardInterrupt
 
-    chosen = head_recipe(search="mse")
-    whole = calibrate(traced("ours"), [(image,) for image in x], chosen)
-    calibrate(traced("ours"), [(image,) for image in x[:16]], chosen, store=store)
+    whole = calibrate(traced("ours"), x, chosen)
     with pytest.raises(KeyboardInterrupt):
-        calibrate(traced("ours"), interrupted(), chosen, store=store)
-    again = calibrate(traced("ours"), [(image,) for image in x], chosen, store=store)
+        calibrate(traced("ours"), x, chosen, store=store, progress=progress)
+    again = calibrate(traced("ours"), x, chosen, store=store)
     assert calibrated_to_bytes(again) == calibrated_to_bytes(whole)
 
 
@@ -303,7 +302,7 @@ def test_each_operator_is_the_simulations(name: str, bits: int, search: str, sym
 def test_integers_are_as_good_as_the_simulation(name: str, symmetric: bool) -> None:
     x = images(name, 8, seed=5)
     result = calibrated(name, head_recipe(search="mse", symmetric=symmetric))
-    (exact,), (simulated,) = execute(result.graph, (x,)), simulate(result, (x,))
+    (exact,), (simulated,) = execute(result.float_graph(), (x,)), simulate(result, (x,))
     (integers,) = interpret(integerize(result), x)
     assert relative(integers, simulated) < relative(simulated, exact)
     assert relative(integers, exact) < 1.3 * relative(simulated, exact)
@@ -355,7 +354,7 @@ def test_heads_behind_a_norm_a_concatenation_and_a_sum(nonlinear: str) -> None:
     result = calibrate(trace(module, (x[:2],)), [(image,) for image in x], head_recipe(nonlinear=nonlinear))
     assert all(len(qparams.scale) == 2 for qparams in formats(result).values())
     assert all(float(steps.max()) <= 1 for steps in steps_apart(result, x).values())
-    (exact,), (integers,) = execute(result.graph, (x,)), interpret(integerize(result), x)
+    (exact,), (integers,) = execute(result.float_graph(), (x,)), interpret(integerize(result), x)
     assert relative(integers, exact) < 0.1
 
 
@@ -363,7 +362,7 @@ def test_heads_behind_a_norm_a_concatenation_and_a_sum(nonlinear: str) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("search", [*RANGE_SEARCHES, "output"])
 def test_heads_of_different_magnitude_are_better_served_by_scales_of_their_own(search: str, bits: int) -> None:
     """Heads whose queries, keys and values differ by ten, in simulation and in integers alike."""
     graph, x = uneven_heads()

@@ -62,7 +62,7 @@ def test_integers_are_as_good_as_the_simulation(name: str) -> None:
     """The integers are closer to the simulation than float is, and about as close to float as it is."""
     x = images(name, 8, seed=5)
     result = calibrated(name, IVIT)
-    (exact,), (simulated,) = execute(result.graph, (x,)), simulate(result, (x,))
+    (exact,), (simulated,) = execute(result.float_graph(), (x,)), simulate(result, (x,))
     (integers,) = interpret(integerize(result), x)
     assert relative(integers, simulated) < 0.7 * relative(simulated, exact)
     assert relative(integers, exact) < 1.3 * relative(simulated, exact)

@@ -143,13 +143,18 @@ def test_kinds(formula: object, kinds: list[str]) -> None:
 
 
 def test_every_site_takes_part_in_the_simulation() -> None:
-    """Each of the sites changes the simulated output when its format, of 3 bits, is taken away."""
+    """Each of the sites changes the simulated output when its format, of 3 bits, is taken away.
+
+    Weights and tables lie on the grids of their formats: without one they are those of the float graph.
+    """
     narrow = QuantSpec(3)
     rules = (Rule(QuantSpec(3, granularity="channel"), "weight"), Rule(narrow))
     whole = calibrated("ours", Recipe("narrow", rules))
     x = images("ours", 4)
     (with_all,) = simulate(whole, (x,))
     for index, entry in enumerate(whole.sites):
-        fewer = dataclasses.replace(whole, sites=whole.sites[:index] + whole.sites[index + 1 :])
+        floats = {name: tensor for name, tensor in whole.float_constants.items() if name == entry.site.value}
+        graph = dataclasses.replace(whole.graph, constants={**whole.graph.constants, **floats})
+        fewer = dataclasses.replace(whole, graph=graph, sites=whole.sites[:index] + whole.sites[index + 1 :])
         (without,) = simulate(fewer, (x,))
         assert not torch.equal(with_all, without), entry.site.name

@@ -195,7 +195,7 @@ def test_networks_compute_what_the_file_means(name: str, chosen: str, tmp_path: 
         x = images(name, batch, seed=batch)
         found += runner.run(None, {entry.name: x.numpy()})
         meant += emulate(source, x)
-        real += [result.detach().numpy() for result in execute(source.graph, (x,))]
+        real += [result.detach().numpy() for result in execute(source.float_graph(), (x,))]
     found, meant, real = (np.concatenate(parts) for parts in (found, meant, real))
     # Float operators of two libraries differ in last bits, which moves a value that lies on the edge of two
     # codes to the other one. Such moves are few, and each is no larger than the rounding of every value that
@@ -280,7 +280,7 @@ def test_codebooks_compute_what_the_file_means(name: str, tmp_path: Path) -> Non
         found += runner.run(None, {entry.name: x.numpy()})
         meant += emulate(source, x)
         simulated += [result.numpy() for result in simulate(source, (x,))]
-        real += [result.detach().numpy() for result in execute(source.graph, (x,))]
+        real += [result.detach().numpy() for result in execute(source.float_graph(), (x,))]
     found, meant, simulated, real = (np.concatenate(parts) for parts in (found, meant, simulated, real))
     # As for uniform formats: last bits of float operators move few values over a threshold.
     assert distance(found, meant) <= 0.5 * distance(meant, real)
