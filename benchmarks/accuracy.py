@@ -26,6 +26,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -174,19 +175,21 @@ def _float_features(
         return torch.from_numpy(stored["bank"]), torch.from_numpy(stored["queries"])
 
 
-def fashion_row(method: str, bits: str, seed: int, simulate: int, threads: int) -> Row:
+def fashion_row(data: Path, method: str, bits: str, seed: int, simulate: int, threads: int) -> Row:
     """Measure one row on the embedded ViT; ``simulate`` images are simulated."""
     from ptq.data import open_data
     from ptq.sources import load_model
 
     loaded = load_model(str(FASHION))
-    with np.load(FASHION / "test.npz") as file:
-        labels = torch.from_numpy(file["labels"].astype(np.int64))
-    test = open_data(str(FASHION / "test.npz"), loaded.preprocessing)
+    pixels, classes = (read_idx(data / f"t10k-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
+    labels = torch.from_numpy(classes.astype(np.int64))
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(Path(folder) / "test.npz", images=pixels, labels=classes)
+        test = open_data(str(Path(folder) / "test.npz"), loaded.preprocessing)
+        batches = [batch for batch, _ in test.batches(250)]
     calibration = open_data(str(FASHION / "calibration.npz"), loaded.preprocessing, limit=CALIBRATION, seed=seed)
     images = torch.cat([batch for batch, _ in calibration.batches(CALIBRATION)])
     quantized, compiled, seconds, peak = _quantize(loaded.module, images, method, bits, threads)
-    batches = [batch for batch, _ in test.batches(250)]
     logits = run_batches(compiled, batches)
     simulated = run_batches(quantized, batches[: simulate // 250]) if simulate else None
     expected = run_batches(quantized.float, batches)
@@ -276,7 +279,7 @@ def main(
         if network == "dinov2":
             measured = dinov2_row(wheel, data, method, width, int(seed), simulate, threads)
         else:
-            measured = fashion_row(method, width, int(seed), simulate, threads)
+            measured = fashion_row(data, method, width, int(seed), simulate, threads)
         click.echo(json.dumps(asdict(measured)))
         return
     output.mkdir(parents=True, exist_ok=True)
