@@ -86,12 +86,12 @@ class Decider:
         if recipe.propagation == "quantized":
             self._quantized = Stream(self._network, "quantized", cache, device, self._read)
         self._rewriter = Rewriter(self._float, recipe)
-        self._images = 0
+        self._batch_sizes: list[int] = []
 
     def add_images(self, batch: tuple[Tensor, ...]) -> None:
         """Take a micro-batch of images, float32 ``(batch, *shape)`` for each input."""
         self._reference.add_batch(batch)
-        self._images += len(batch[0])
+        self._batch_sizes.append(len(batch[0]))
         if self._quantized is not None:
             self._quantized.share_inputs(self._reference)
 
@@ -149,12 +149,12 @@ class Decider:
 
     def _rewrite(self, made: Decisions, operation: Operation) -> None:
         if operation.op == "layer_norm" and self._recipe.layer_norm_scale != "none":
+            note = self._rewriter.refusal(operation)
             readers = self._rewriter.linears_of(operation)
-            if not readers:
-                return
-            specs = [self._specs[self._site_of[readers[0], position].name] for position in (0, 1)]
-            rewritten, note = self._rewriter.layer_norm_scale(operation, self.source, *specs)
-            self._replace(made.rewritten, rewritten)
+            if note is None and readers:
+                specs = [self._specs[self._site_of[readers[0], position].name] for position in (0, 1)]
+                rewritten, note = self._rewriter.layer_norm_scale(operation, self.source, *specs)
+                self._replace(made.rewritten, rewritten)
             if note is not None:
                 made.notes.append(note)
                 self.notes.append(note)
@@ -184,7 +184,7 @@ class Decider:
 
     def _require_finite(self, value: Tensor, where: str, batch: int) -> None:
         if not bool(torch.isfinite(value).all()):
-            first = sum(len(self._reference.value(self._graph.inputs[0][0], i)) for i in range(batch))
+            first = sum(self._batch_sizes[:batch])
             raise ModelError(
                 f"NaN or infinity at {where} while calibrating images {first} to {first + len(value) - 1}; "
                 "check the preprocessing and run the model in float32"
@@ -231,8 +231,9 @@ class Decider:
     def _error_at_result(self, site: Site, operation: Operation, position: int):  # type: ignore[no-untyped-def]
         """Return the error of an operand's format at the result of what reads it."""
         name = operation.inputs[position]
-        if site.kind in ("linear_input", "activation_output", "image"):
-            readers = [self._graph.producers()[edge[0]] for edge in site.edges]
+        producers = self._graph.producers()
+        readers = [producers[edge[0]] for edge in site.edges if edge[0] in producers]
+        if operation.op in ("linear", "conv2d") and not any(map(_is_grouped, readers)):
             weight = torch.cat(
                 [self._float.constants[reader.inputs[1]].flatten(1) for reader in readers]
             ).to(self._device)
@@ -293,7 +294,8 @@ class Decider:
             assert isinstance(known, UniformQParams)
             scale = scales_of(known, rows)
             codes = nearest(self._network.constants[weight_name].to(self._device).flatten(1), scale, qmax)
-        elif spec.search in RANGE_SEARCHES and self._recipe.correction == "none":
+        elif _is_grouped(operation) or (spec.search in RANGE_SEARCHES and self._recipe.correction == "none"):
+            # The rows that a channel of a grouped convolution reads are not those of its neighbours.
             scale = scales_of(search_weight(weight, spec), rows)
             codes = nearest(rows, scale, qmax)
         else:
@@ -335,7 +337,7 @@ class Decider:
                 if len(x[mine]):
                     sums.add(layer_rows(operation, x[mine], self._float), layer_rows(operation, quantized[mine], self._float))
             seen += len(x)
-        if self._images < 2:
+        if sum(self._batch_sizes) < 2:
             return None, halves[0].finish()
         return halves, (halves[0] + halves[1]).finish()
 
@@ -362,3 +364,7 @@ class Decider:
         raised = fitted > scale
         refitted = nearest(codes * scale[:, None], fitted, qmax)
         return fitted, torch.where((raised & ~dead)[:, None], refitted, codes)
+
+
+def _is_grouped(operation: Operation) -> bool:
+    return operation.op == "conv2d" and operation.integer("groups") > 1

@@ -56,19 +56,25 @@ class Moments:
 
 
 class MomentSums:
-    """Adds up moments; rows arrive in batches, about a fixed origin so that float32 products lose nothing."""
+    """Adds up moments; rows arrive in batches, about fixed origins so that float32 products lose nothing.
+
+    Float rows and quantized rows have an origin each: about a common one, inputs that never change would leave products
+    of two offsets, of which centring takes all but the rounding, and that is no second moment of anything.
+    """
 
     def __init__(self, width: int, device: torch.device) -> None:
         self._count = 0
-        self._origin: Tensor | None = None
+        self._origins: tuple[Tensor, Tensor] | None = None
         self._sums = [torch.zeros(width, dtype=torch.float64, device=device) for _ in range(2)]
         self._products = [torch.zeros(width, width, dtype=torch.float64, device=device) for _ in range(3)]
 
     def add(self, rows: Tensor, quantized: Tensor) -> None:
         """Add float32 rows (R, K) and what the quantized layer reads in their place."""
-        if self._origin is None:
-            self._origin = rows.mean(0)
-        x, q = rows - self._origin, quantized - self._origin
+        if self._origins is None:
+            # In float64 the mean of equal values is that value.
+            first, second = (values.mean(0, dtype=torch.float64).to(torch.float32) for values in (rows, quantized))
+            self._origins = first, second
+        x, q = rows - self._origins[0], quantized - self._origins[1]
         self._count += len(rows)
         for total, values in zip(self._sums, (x, q), strict=True):
             total += values.sum(0, dtype=torch.float64)
@@ -77,29 +83,29 @@ class MomentSums:
 
     def __add__(self, other: MomentSums) -> MomentSums:
         """Return the sums over the rows of both; both have seen rows."""
-        assert self._origin is not None and other._origin is not None
-        total = MomentSums(len(self._origin), self._origin.device)
-        # About this origin a row is (row - other's origin) + d.
-        d = (other._origin - self._origin).to(torch.float64)
+        assert self._origins is not None and other._origins is not None
+        total = MomentSums(len(self._sums[0]), self._sums[0].device)
+        # About these origins a row is (row - other's origin) + d.
+        d, e = ((b - a).to(torch.float64) for a, b in zip(self._origins, other._origins, strict=True))
         x, q = other._sums
-        total._origin, total._count = self._origin, self._count + other._count
-        moved = [s + other._count * d for s in (x, q)]
+        total._origins, total._count = self._origins, self._count + other._count
+        moved = [x + other._count * d, q + other._count * e]
         total._sums = [a + b for a, b in zip(self._sums, moved, strict=True)]
-        pairs = ((x, x), (q, x), (q, q))
+        pairs = ((x, x, d, d), (q, x, e, d), (q, q, e, e))
         total._products = [
-            a + b + torch.outer(left, d) + torch.outer(d, right) + other._count * torch.outer(d, d)
-            for a, b, (left, right) in zip(self._products, other._products, pairs, strict=True)
+            a + b + torch.outer(left, v) + torch.outer(u, right) + other._count * torch.outer(u, v)
+            for a, b, (left, right, u, v) in zip(self._products, other._products, pairs, strict=True)
         ]
         return total
 
     def finish(self) -> Moments:
         """Return the centred moments of what was added; at least one row."""
-        assert self._origin is not None
+        assert self._origins is not None
         means = [total / self._count for total in self._sums]
-        origin = self._origin.to(torch.float64)
         pairs = ((0, 0), (1, 0), (1, 1))
         xx, qx, qq = (
             product - self._count * torch.outer(means[i], means[j])
             for product, (i, j) in zip(self._products, pairs, strict=True)
         )
-        return Moments(self._count, origin + means[0], origin + means[1], xx, qx, qq)
+        mean, mean_quantized = (o.to(torch.float64) + m for o, m in zip(self._origins, means, strict=True))
+        return Moments(self._count, mean, mean_quantized, xx, qx, qq)

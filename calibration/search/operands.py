@@ -18,7 +18,7 @@ from torch import Tensor
 from calibration.search.progressive import progressive_search
 from calibration.search.ranges import histogram_error, search_activation
 from calibration.statistics import Histogram
-from quantizers.codebook import Codebook, CodebookQParams, fake_quantize_codebook, thresholds
+from quantizers.codebook import Codebook, CodebookQParams, codebook_qparams, fake_quantize_codebook, thresholds
 from quantizers.families import candidates
 from quantizers.spec import RANGE_SEARCHES, QuantSpec
 from quantizers.uniform import UniformQParams, bounds, fake_quantize
@@ -30,6 +30,8 @@ _SHARES = tuple(i / 32 for i in range(4, 33))
 _ZERO_POINTS = 16
 #: Shares of the largest value that a codebook's largest level may stand for.
 _PEAKS = tuple(i / 16 for i in range(4, 17))
+#: Ranges narrower than this count as zero, as in :mod:`quantizers.uniform`.
+_SMALLEST_RANGE = 2.0**-60
 #: Output directions on which errors are measured, see :func:`output_error`.
 _DIRECTIONS = 64
 
@@ -90,7 +92,7 @@ def search_operand(stats: Histogram, spec: QuantSpec, error: Error, formats: Seq
     scale, chosen = progressive_search(
         entries,
         lambda scale, qparams: error(with_scale(qparams, scale)),
-        gap=(stats.high - stats.low) / (2**spec.bits - 1) / len(_SHARES),
+        gap=(max(stats.high, 0.0) - min(stats.low, 0.0)) / (2**spec.bits - 1) / len(_SHARES),
         incumbents=[(_scale(qparams), qparams) for qparams in incumbents],
         width=4,
         candidates=16,
@@ -128,7 +130,7 @@ def _uniform_grid(stats: Histogram, spec: QuantSpec) -> Sequence[UniformQParams]
     """Return scales and zero points, those of one-sided values among them at every width."""
     qmin, qmax = bounds(spec)
     low, high = min(stats.low, 0.0), max(stats.high, 0.0)
-    if high == low:
+    if high - low < _SMALLEST_RANGE:
         return [search_activation(stats, dataclasses.replace(spec, search="minmax"))]
     if spec.symmetric:
         return [UniformQParams((float(np.float32(share * max(-low, high) / qmax)),), 0, qmin, qmax) for share in _SHARES]
@@ -144,6 +146,8 @@ def _codebook_grid(stats: Histogram, codebooks: Sequence[Codebook]) -> Sequence[
     Beginning at the lowest value is AdaLog's shift after GELU (arXiv 2407.12951, section 3.3), whose lowest value is -0.17.
     """
     low, high = min(stats.low, 0.0), max(stats.high, 0.0)
+    if high - low < _SMALLEST_RANGE:
+        return [codebook_qparams(low, high, codebooks[0])]
     formats: list[CodebookQParams] = []
     for codebook in codebooks:
         top = codebook.levels[-1]
