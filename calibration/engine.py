@@ -21,15 +21,13 @@ import torch
 from torch import Tensor
 
 from calibration.cache import DEFAULT_MEMORY_LIMIT, ActivationCache
-from calibration.calibrated import Calibrated, CalibratedSite, QParams
+from calibration.calibrated import Calibrated, CalibratedSite
 from calibration.decisions import Decider
 from calibration.graph import Graph, check_shapes
-from calibration.progress import Decisions, ProgressStore
+from calibration.progress import ProgressStore
 from calibration.rules import Recipe, assign_specs
 from calibration.sites import find_sites
 from quantizers.errors import DataError, ModelError
-
-
 
 #: Called with a stage, what is done and what there is to do.
 Progress = Callable[[str, int, int], None]
@@ -99,7 +97,7 @@ def calibrate(
         for index, operation in enumerate(graph.operations):
             known = store.load(index, operation.name) if store is not None else None
             made = decider.apply(operation, known) if known is not None else decider.decide(operation)
-            if store is not None and known is None and made != Decisions():
+            if store is not None and known is None:
                 store.save(index, operation.name, made)
             if progress is not None:
                 progress("calibrate", index + 1, len(graph.operations))

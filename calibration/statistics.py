@@ -67,7 +67,7 @@ def update(stats: Histogram, values: Tensor) -> Histogram:
     counts = _coarsen(stats.counts, (exponent or 0) - (stats.exponent if stats.exponent is not None else exponent or 0))
     # In float32 the quotient of a tiny negative value could underflow to zero, which lies in the next bin.
     index = (values.reshape(-1).to(torch.float64) * 2.0 ** -(exponent or 0)).floor().to(torch.int64) + _HALF
-    counts = counts + torch.bincount(index, minlength=2 * _HALF)
+    counts = counts + torch.bincount(index, minlength=2 * _HALF).to(counts.device)
     return Histogram(stats.count + values.numel(), min(stats.low, low), max(stats.high, high), exponent, counts)
 
 

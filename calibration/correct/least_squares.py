@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calibration.moments import MomentSums, Moments
+from calibration.moments import Moments, MomentSums
 
 #: Ridges as shares of the mean variance of an input.
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -43,8 +43,7 @@ def least_squares(weight: Tensor, halves: tuple[MomentSums, MomentSums] | None, 
 
 def _held_out_error(weight: Tensor, folds: tuple[Moments, Moments], ridge: float) -> float:
     return sum(
-        float(seen.output_errors(weight, _fit(weight, fitted, ridge)).sum())
-        for fitted, seen in (folds, folds[::-1])
+        float(seen.output_errors(weight, _fit(weight, fitted, ridge)).sum()) for fitted, seen in (folds, folds[::-1])
     )
 
 

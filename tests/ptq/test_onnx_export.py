@@ -17,7 +17,7 @@ from support.heads import KINDS, head_recipe
 from support.models import Formula, calibrated, images, recipe, spread, traced
 from torch import Tensor, nn
 
-from calibration.calibrated import Calibrated, QParams
+from calibration.calibrated import Calibrated
 from calibration.engine import calibrate
 from calibration.graph import EXECUTORS, UNARY_FUNCTIONS, Graph, Operation, execute
 from calibration.rules import Recipe, Rule
