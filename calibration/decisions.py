@@ -43,7 +43,7 @@ from quantizers.spec import RANGE_SEARCHES, QuantSpec
 from quantizers.uniform import HEAD_AXIS, UniformQParams, bounds, qparams_from_range
 
 #: Rows, and images, on which errors of operands are measured.
-_SAMPLED_ROWS, _SAMPLED_IMAGES = 1024, 8
+_SAMPLED_ROWS, _SAMPLED_IMAGES = 512, 8
 #: Rows and images for functions of single values, whose errors vary little from row to row.
 _FEW_ROWS, _FEW_IMAGES = 256, 2
 

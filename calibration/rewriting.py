@@ -29,8 +29,8 @@ from calibration.stream import Stream
 from quantizers.spec import QuantSpec
 from quantizers.uniform import fake_quantize
 
-#: Rows of a LayerNorm's output on which channels are fitted and rewrites compared.
-_ROWS = 2048
+#: Rows of a LayerNorm's input on which channels are fitted, and on which rewrites are compared.
+_ROWS, _COMPARED_ROWS = 2048, 512
 
 
 class Rewriter:
@@ -72,7 +72,7 @@ class Rewriter:
         choices = self._candidates(group, fitted)
         if kind != "best":
             return choices[kind], None
-        inputs = sample_rows(source, operation, _ROWS)
+        inputs = sample_rows(source, operation, _COMPARED_ROWS)
         errors = {
             name: self._joint_error(operation, group, inputs, made, input_spec, weight_spec)
             for name, made in choices.items()

@@ -57,6 +57,7 @@ def empty() -> Histogram:
 def update(stats: Histogram, values: Tensor) -> Histogram:
     """Return statistics that include float32 values of any shape, all finite."""
     low, high = (float(v) for v in values.aminmax())
+    held = values.to("cpu")
     peak = max(-low, high)
     exponent = stats.exponent
     if peak > 0:
@@ -66,8 +67,8 @@ def update(stats: Histogram, values: Tensor) -> Histogram:
         exponent = needed if exponent is None else max(exponent, needed)
     counts = _coarsen(stats.counts, (exponent or 0) - (stats.exponent if stats.exponent is not None else exponent or 0))
     # In float32 the quotient of a tiny negative value could underflow to zero, which lies in the next bin.
-    index = (values.reshape(-1).to(torch.float64) * 2.0 ** -(exponent or 0)).floor().to(torch.int64) + _HALF
-    counts = counts + torch.bincount(index, minlength=2 * _HALF).to(counts.device)
+    index = (held.reshape(-1).to(torch.float64) * 2.0 ** -(exponent or 0)).floor().to(torch.int64) + _HALF
+    counts = counts + torch.bincount(index, minlength=2 * _HALF)
     return Histogram(stats.count + values.numel(), min(stats.low, low), max(stats.high, high), exponent, counts)
 
 

@@ -69,7 +69,7 @@ RECIPES: Mapping[str, RecipeEntry] = MappingProxyType(
         ),
         "repq": RecipeEntry(
             "RepQ-ViT: LayerNorm scales folded to their mean, powers of sqrt 2 for attention",
-            weight="mse",
+            weight="output",
             activation="percentile_mse",
             symmetric=False,
             probability="log_sqrt2",
@@ -77,7 +77,7 @@ RECIPES: Mapping[str, RecipeEntry] = MappingProxyType(
         ),
         "dopq": RecipeEntry(
             "DopQ-ViT without its gradient stage: LayerNorm scales folded to the median, tangent levels for attention",
-            weight="mse",
+            weight="output",
             activation="percentile_mse",
             symmetric=False,
             probability="tangent",
@@ -95,7 +95,7 @@ RECIPES: Mapping[str, RecipeEntry] = MappingProxyType(
         ),
         "ias": RecipeEntry(
             "I&S-ViT without its gradient stages: shifted uniform logarithm for attention, LayerNorm scales folded",
-            weight="mse",
+            weight="output",
             activation="percentile_mse",
             symmetric=False,
             probability="sulq",

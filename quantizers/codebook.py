@@ -213,7 +213,8 @@ def encode(values: Tensor, qparams: CodebookQParams) -> Tensor:
             f"{qparams.codebook.name} codes finite values only"
         )
     # The thresholds move, not the values: their sum with a zero point would round small ones away.
-    borders = torch.tensor(thresholds(qparams.codebook), dtype=torch.float64) / 2 - qparams.zero_point
+    borders = torch.tensor(thresholds(qparams.codebook), dtype=torch.float64, device=values.device)
+    borders = borders / 2 - qparams.zero_point
     return torch.bucketize((values.to(torch.float64) / qparams.scale).contiguous(), borders)
 
 
@@ -237,8 +238,8 @@ def decode(codes: Tensor, qparams: CodebookQParams) -> Tensor:
         codes: integers from 0 to ``2^b - 1``, any shape.
         qparams: the format.
     """
-    steps = torch.tensor(qparams.codebook.levels, dtype=torch.float32) - qparams.zero_point
-    return steps[codes.to(torch.int64)] * torch.tensor(qparams.scale, dtype=torch.float32)
+    steps = torch.tensor(qparams.codebook.levels, dtype=torch.float32, device=codes.device) - qparams.zero_point
+    return steps[codes.to(torch.int64)] * torch.tensor(qparams.scale, dtype=torch.float32, device=codes.device)
 
 
 def fake_quantize_codebook(x: Tensor, qparams: CodebookQParams) -> Tensor:

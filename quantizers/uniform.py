@@ -138,6 +138,6 @@ def fake_quantize(x: Tensor, qparams: UniformQParams) -> Tensor:
 
 
 def _shaped(qparams: UniformQParams, x: Tensor) -> Tensor:
-    scale = torch.tensor(qparams.scale, dtype=torch.float32)
+    scale = torch.tensor(qparams.scale, dtype=torch.float32, device=x.device)
     behind = (x.ndim if qparams.axis == 0 else -qparams.axis) - 1
     return scale if scale.numel() == 1 else scale.reshape(-1, *(1,) * behind)

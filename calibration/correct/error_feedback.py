@@ -8,6 +8,8 @@ the upper Cholesky factor of the inverse second moments: the least-squares optim
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -17,28 +19,53 @@ DAMPING = 0.01
 _BLOCK = 128
 
 
-def round_with_feedback(weight: Tensor, moments: Tensor, scale: Tensor, qmax: int) -> Tensor:
+@dataclass(frozen=True, slots=True, eq=False)
+class Feedback:
+    """How the error of one input's weights is made up for by the inputs after it.
+
+    Args:
+        order: int64 (K,), inputs in the order in which they are rounded.
+        upper: float32 (K, K), upper Cholesky factor of the inverse second moments, in that order; None where no input
+            ever differs from its mean, so that every rounding gives the same outputs.
+    """
+
+    order: Tensor
+    upper: Tensor | None
+
+
+def feedback(moments: Tensor) -> Feedback:
+    """Prepare the rounding of a layer's weights.
+
+    Args:
+        moments: float64 (K, K), second moments of the inputs that the quantized layer reads.
+    """
+    energy = moments.diagonal()
+    order = torch.argsort(energy, descending=True, stable=True)
+    damping = DAMPING * float(energy.mean())
+    if damping == 0:
+        return Feedback(order, None)
+    system = moments[order][:, order]
+    system.diagonal().add_(damping)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(system))
+    return Feedback(order, torch.linalg.cholesky(inverse, upper=True).to(torch.float32))
+
+
+def round_with_feedback(weight: Tensor, prepared: Feedback, scale: Tensor, qmax: int) -> Tensor:
     """Round weights to a grid so that the outputs, not the weights, stay close.
 
     Args:
         weight: float32 (N, K).
-        moments: float64 (K, K), second moments of the inputs that the quantized layer reads.
+        prepared: of the layer's inputs.
         scale: float32 (N,), step of each output's grid.
         qmax: codes are -qmax to qmax; ties go to the even code.
 
     Returns:
         Codes, float32 (N, K), integers.
     """
-    width = weight.shape[1]
-    energy = moments.diagonal()
-    order = torch.argsort(energy, descending=True, stable=True)
-    damping = DAMPING * float(energy.mean())
-    if damping == 0:
-        # No input ever differs from its mean: every rounding gives the same outputs.
+    order, upper = prepared.order, prepared.upper
+    if upper is None:
         return (weight / scale[:, None]).round().clamp(-qmax, qmax)
-    system = moments[order][:, order] + damping * torch.eye(width, dtype=torch.float64, device=weight.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(system))
-    upper = torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
+    width = weight.shape[1]
     # Inputs along axis 0, so that a step works on contiguous memory.
     rest = weight[:, order].T.contiguous()
     codes = torch.empty_like(rest)

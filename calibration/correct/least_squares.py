@@ -19,7 +19,7 @@ from torch import Tensor
 from calibration.moments import Moments, MomentSums
 
 #: Ridges as shares of the mean variance of an input.
-RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 def least_squares(weight: Tensor, halves: tuple[MomentSums, MomentSums] | None, moments: Moments) -> Tensor:
@@ -32,26 +32,33 @@ def least_squares(weight: Tensor, halves: tuple[MomentSums, MomentSums] | None, 
     """
     if halves is None:
         return weight
-    folds = (halves[0].finish(), halves[1].finish())
-    scores = [_held_out_error(weight, folds, ridge) for ridge in RIDGES]
+    systems = _System(weight, halves[0].finish()), _System(weight, halves[1].finish())
+    scores = [sum(seen.error(fitted.fit(ridge)) for fitted, seen in (systems, systems[::-1])) for ridge in RIDGES]
     best = min(range(len(RIDGES)), key=scores.__getitem__)
-    plain = sum(float(fold.output_errors(weight, weight).sum()) for fold in folds)
-    if scores[best] >= plain:
-        return weight
-    return _fit(weight, moments, RIDGES[best]).to(torch.float32)
-
-
-def _held_out_error(weight: Tensor, folds: tuple[Moments, Moments], ridge: float) -> float:
-    return sum(
-        float(seen.output_errors(weight, _fit(weight, fitted, ridge)).sum()) for fitted, seen in (folds, folds[::-1])
-    )
-
-
-def _fit(weight: Tensor, moments: Moments, ridge: float) -> Tensor:
     double = weight.to(torch.float64)
-    variance = float(moments.qq.diagonal().mean())
-    if variance == 0:
-        return double
-    system = moments.qq + ridge * variance * torch.eye(len(moments.qq), dtype=torch.float64, device=weight.device)
-    residual = moments.targets(weight) - double @ moments.qq
-    return double + torch.linalg.solve(system, residual.T).T
+    if scores[best] >= sum(system.error(double) for system in systems):
+        return weight
+    return _System(weight, moments).fit(RIDGES[best]).to(torch.float32)
+
+
+class _System:
+    """The normal equations of a layer for one set of rows."""
+
+    def __init__(self, weight: Tensor, moments: Moments) -> None:
+        self._weight = weight.to(torch.float64)
+        self._moments = moments
+        self._targets = moments.targets(weight)
+        self._residual = self._targets - self._weight @ moments.qq
+        self._variance = float(moments.qq.diagonal().mean())
+
+    def fit(self, ridge: float) -> Tensor:
+        """Return the corrected weights, float64 (N, K)."""
+        if self._variance == 0:
+            return self._weight
+        damped = self._moments.qq.clone()
+        damped.diagonal().add_(ridge * self._variance)
+        return self._weight + torch.cholesky_solve(self._residual.T, torch.linalg.cholesky(damped)).T
+
+    def error(self, weight: Tensor) -> float:
+        """Return the summed squared error of weights, less what does not depend on them."""
+        return float(self._moments.errors_without_reference(self._targets, weight).sum())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calibration.correct.error_feedback import round_with_feedback
+from calibration.correct.error_feedback import feedback, round_with_feedback
 from calibration.moments import Moments
 from calibration.search.progressive import progressive_search_groups
 from calibration.search.ranges import search_weight
@@ -32,13 +32,14 @@ def search_weight_output(weight: Tensor, moments: Moments, spec: QuantSpec) -> T
         spec: width.
     """
     qmax = bounds(spec)[1]
-    targets = moments.targets(weight)
+    # Scores only rank scales: float32 is enough for them, and twice as fast.
+    targets, seen = (2 * moments.targets(weight)).to(torch.float32), moments.qq.to(torch.float32)
     peak = weight.abs().amax(1).clamp(min=2.0**-100).to(torch.float64)
 
     def score(scale: Tensor) -> Tensor:
         step = scale.to(torch.float32)
         values = nearest(weight, step, qmax) * step[:, None]
-        return moments.errors_without_reference(targets, values.to(torch.float64))
+        return ((values @ seen - targets) * values).sum(1).to(torch.float64)
 
     grid = torch.linspace(*_SHARES, dtype=torch.float64, device=weight.device)[:, None] * peak / qmax
     plain = [
@@ -68,9 +69,10 @@ def search_weight_feedback(weight: Tensor, target: Tensor, moments: Moments, spe
     ]
     scales.append(search_weight_output(weight, moments, spec))
     candidates = [(scale, nearest(weight, scale, qmax)) for scale in scales]
+    prepared = feedback(moments.qq)
     for source in (weight,) if target is weight else (weight, target):
         scale = _weighted_scale(source, moments.qq.diagonal(), qmax)
-        candidates.append((scale, round_with_feedback(source, moments.qq, scale, qmax)))
+        candidates.append((scale, round_with_feedback(source, prepared, scale, qmax)))
     best_scale, best_codes = candidates[0]
     best = torch.full((len(weight),), float("inf"), dtype=torch.float64, device=weight.device)
     for scale, codes in candidates:
