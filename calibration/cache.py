@@ -5,8 +5,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +37,7 @@ class ActivationCache:
         self._written = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
-    def __enter__(self) -> ActivationCache:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -77,7 +77,11 @@ class ActivationCache:
         if key in self._tensors:
             return self._tensors[key]
         path, shape = self._files[key]
-        return torch.from_numpy(np.fromfile(path, np.float32).reshape(shape))
+        # Into memory of torch's own, aligned as every other tensor: last bits of a matrix product can depend on it.
+        tensor = torch.empty(shape, dtype=torch.float32)
+        with path.open("rb") as file:
+            file.readinto(tensor.numpy().data.cast("B"))
+        return tensor
 
     def drop(self, key: Key) -> None:
         """Forget a tensor, if it is there."""

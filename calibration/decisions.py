@@ -5,45 +5,47 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from calibration.apply import apply
 from calibration.cache import ActivationCache
 from calibration.calibrated import QParams
-from calibration.correct.least_squares import least_squares
 from calibration.graph import EXECUTORS, Graph, Operation
 from calibration.heads import head_counts
-from calibration.moments import Moments, MomentSums
+from calibration.layer_weights import (
+    LayerMoments,
+    LayerWeights,
+    choose_by_moments,
+    choose_in_range,
+    fit_to_bias,
+    round_bias,
+)
+from calibration.moments import MomentSums
 from calibration.progress import Decisions
 from calibration.rewriting import Rewriter
 from calibration.rules import Recipe
 from calibration.sampling import layer_rows, sample_rows
 from calibration.search.heads import search_attention_operand
-from calibration.search.operands import apply_operand, output_error, search_operand
+from calibration.search.operands import Error, OperandQParams, apply_operand, output_error, search_operand
 from calibration.search.probabilities import search_probabilities
-from calibration.search.ranges import search_activation, search_heads, search_weight
-from calibration.search.weights import nearest, scales_of, search_weight_feedback, search_weight_output
+from calibration.search.ranges import search_activation, search_heads
+from calibration.search.weights import nearest, scales_of
 from calibration.sites import OUTPUT, Edge, Site, Structure
 from calibration.statistics import Histogram, empty, update
 from calibration.stream import Stream
-from quantizers.codebook import uniform_codebook
+from quantizers.codebook import CodebookQParams, uniform_codebook
 from quantizers.errors import ModelError
 from quantizers.families import families_of
 from quantizers.row_relative import RowRelativeQParams
 from quantizers.shiftmax import ShiftmaxQParams
 from quantizers.spec import RANGE_SEARCHES, QuantSpec
-from quantizers.uniform import HEAD_AXIS, UniformQParams, qparams_from_range
+from quantizers.uniform import HEAD_AXIS, UniformQParams, bounds, qparams_from_range
 
 #: Rows, and images, on which errors of operands are measured.
 _SAMPLED_ROWS, _SAMPLED_IMAGES = 512, 8
 #: Rows and images for functions of single values, whose errors vary little from row to row.
 _FEW_ROWS, _FEW_IMAGES = 256, 2
-#: A bias of this many weight-and-input steps still leaves room for the products in int32.
-_LARGEST_BIAS = 2**30
-#: Largest bias, in steps, of a layer without weights: precise, and no step so small that multipliers vanish.
-_BIAS_OF_DEAD_WEIGHTS = 2**20
 
 
 class Decider:
@@ -70,10 +72,10 @@ class Decider:
         self.formats: dict[str, QParams] = {}
         self.notes: list[str] = []
         self._graph, self._recipe, self._specs, self._device = graph, recipe, specs, device
-        self._original = dict(graph.constants)
-        # The constants change while the runs go on; operations and names do not.
-        self._float = dataclasses.replace(graph, constants=dict(graph.constants))
-        self._network = dataclasses.replace(graph, constants=dict(graph.constants))
+        # The constants change while the runs go on, in these dicts; operations and names do not.
+        self._float_constants, self._network_constants = dict(graph.constants), dict(graph.constants)
+        self._float = dataclasses.replace(graph, constants=self._float_constants)
+        self._network = dataclasses.replace(graph, constants=self._network_constants)
         self._structure = Structure(graph)
         self._sites_at: dict[str, list[tuple[int, Site]]] = {}
         for site in sites:
@@ -103,18 +105,18 @@ class Decider:
         """Return the float values of the constants that differ in :meth:`network`."""
         return {
             name: tensor
-            for name, tensor in self._original.items()
-            if not torch.equal(tensor, self._network.constants[name])
+            for name, tensor in self._graph.constants.items()
+            if not torch.equal(tensor, self._network_constants[name])
         }
 
     def decide(self, operation: Operation) -> Decisions:
         """Decide everything at an operation, then run it."""
         made = Decisions()
-        # What a rewrite replaces is read by this operation or by later ones.
-        self._rewrite(made, operation)
         for position, site in sorted(self._sites_at.get(operation.name, []), key=lambda entry: entry[0]):
             if site.kind != "weight":
                 self._decide_format(made, site, self._choose(site, operation, position))
+        # What a rewrite replaces is read by this operation, though by none of its sites, or by later ones.
+        self._rewrite(made, operation)
         if operation.op in ("linear", "conv2d"):
             self._decide_layer(made, operation)
         self._run(operation)
@@ -123,7 +125,7 @@ class Decider:
     def apply(self, operation: Operation, made: Decisions) -> Decisions:
         """Take over decisions of an interrupted run at an operation, then run it."""
         self._replace({}, made.rewritten)
-        self._network.constants.update(made.corrected)  # type: ignore[attr-defined]  # a dict of this object's own
+        self._network_constants.update(made.corrected)
         self.formats.update(made.formats)
         self.notes.extend(made.notes)
         self._run(operation)
@@ -179,14 +181,15 @@ class Decider:
 
     def _replace(self, record: dict[str, Tensor], constants: Mapping[str, Tensor]) -> None:
         record.update(constants)
-        for graph in (self._float, self._network):
-            graph.constants.update(constants)  # type: ignore[attr-defined]  # a dict of this object's own
+        self._float_constants.update(constants)
+        self._network_constants.update(constants)
 
     def _require_finite(self, value: Tensor, where: str, batch: int) -> None:
         if not bool(torch.isfinite(value).all()):
             first = sum(self._batch_sizes[:batch])
             raise ModelError(
-                f"NaN or infinity at {where} while calibrating images {first} to {first + len(value) - 1}; "
+                f"NaN or infinity at {where} while calibrating images {first} to "
+                f"{first + self._batch_sizes[batch] - 1}; "
                 "check the preprocessing and run the model in float32"
             )
 
@@ -195,9 +198,8 @@ class Decider:
     def _decide_format(self, made: Decisions, site: Site, qparams: QParams) -> None:
         self.formats[site.name] = made.formats[site.name] = qparams
         if site.value in self._graph.constants:
-            value = apply(qparams, self._network.constants[site.value])
-            made.corrected[site.value] = value
-            self._network.constants[site.value] = value  # type: ignore[index]  # a dict of this object's own
+            value = apply(qparams, self._network_constants[site.value])
+            made.corrected[site.value] = self._network_constants[site.value] = value
 
     def _choose(self, site: Site, operation: Operation, position: int) -> QParams:
         spec = self._specs[site.name]
@@ -213,7 +215,7 @@ class Decider:
         if spec.search in RANGE_SEARCHES and spec.format == "uniform":
             return search_heads(stats, spec) if spec.granularity == "head" else search_activation(stats[0], spec)
         if site.kind in ("query", "key", "value") and families_of(spec.format) == ("uniform",):
-            return self._choose_attention_operand(site, operation, position, spec, stats)
+            return self._choose_attention_operand(operation, position, spec, stats)
         error = self._error_at_result(site, operation, position)
         return search_operand(stats[0], spec, error, families_of(spec.format))
 
@@ -228,16 +230,14 @@ class Decider:
             stats = [update(known, part) for known, part in zip(stats, parts, strict=True)]
         return stats
 
-    def _error_at_result(self, site: Site, operation: Operation, position: int):  # type: ignore[no-untyped-def]
+    def _error_at_result(self, site: Site, operation: Operation, position: int) -> Error:
         """Return the error of an operand's format at the result of what reads it."""
         name = operation.inputs[position]
         producers = self._graph.producers()
         readers = [producers[edge[0]] for edge in site.edges if edge[0] in producers]
         if operation.op in ("linear", "conv2d") and not any(map(_is_grouped, readers)):
-            weight = torch.cat(
-                [self._float.constants[reader.inputs[1]].flatten(1) for reader in readers]
-            ).to(self._device)
-            return output_error(sample_rows(self.source, operation, _SAMPLED_ROWS), weight)
+            weight = torch.cat([self._float_constants[reader.inputs[1]].flatten(1) for reader in readers])
+            return output_error(sample_rows(self.source, operation, _SAMPLED_ROWS), weight.to(self._device))
         if operation.op == "unary":
             x = sample_rows(self.source, operation, _FEW_ROWS)
         else:
@@ -246,10 +246,25 @@ class Decider:
             return lambda qparams: float((apply_operand(x, qparams) - x).square().mean())
         executor = EXECUTORS[operation.op]
         expected = executor(operation, x)
-        return lambda qparams: float((executor(operation, apply_operand(x, qparams)) - expected).square().mean())
+
+        def error(qparams: OperandQParams) -> float:
+            return float((executor(operation, apply_operand(x, qparams)) - expected).square().mean())
+
+        return error
+
+    def _weights_that_read(self, site: Site) -> list[str]:
+        """Return the weights of the layers that read a site as its first reader does: the same view, or patches."""
+        readers = [self._structure.producers[operation] for operation, _ in site.edges]
+        kernel = self._graph.constants[readers[0].inputs[1]].shape[1:]
+        alike = [
+            reader.inputs[1]
+            for reader in readers
+            if reader.inputs[0] == readers[0].inputs[0] and self._graph.constants[reader.inputs[1]].shape[1:] == kernel
+        ]
+        return list(dict.fromkeys(alike))
 
     def _choose_attention_operand(
-        self, site: Site, operation: Operation, position: int, spec: QuantSpec, stats: Sequence[Histogram]
+        self, operation: Operation, position: int, spec: QuantSpec, stats: Sequence[Histogram]
     ) -> QParams:
         ranges = [dataclasses.replace(spec, search=search) for search in RANGE_SEARCHES]
         incumbents = [
@@ -282,88 +297,59 @@ class Decider:
     def _decide_layer(self, made: Decisions, operation: Operation) -> None:
         """Choose the weights of a layer and round its bias to the steps that the program has for it."""
         site = self._site_of[operation.name, 1]
-        spec, first = self._specs[site.name], site.edges[0][0] == operation.name
+        spec = self._specs[site.name]
         _, weight_name, bias_name = operation.inputs
-        weight, bias = (self._float.constants[name].to(self._device) for name in (weight_name, bias_name))
-        rows = weight.flatten(1)
-        qmax = 2 ** (spec.bits - 1) - 1
-        moments = None
-        if not first:
+        weight, bias = (self._float_constants[name].to(self._device) for name in (weight_name, bias_name))
+        rows, input_scale = weight.flatten(1), self._input_scale(operation)
+        owned = [len(self._structure.consumers[name]) == 1 for name in (weight_name, bias_name)]
+        # What other layers read as well cannot make up for the errors of one layer's inputs.
+        correct = self._recipe.correction != "none" and all(owned)
+        if site.edges[0][0] != operation.name:
             # Weights that several layers share were decided at the first of them.
             known = self.formats[site.name]
             assert isinstance(known, UniformQParams)
             scale = scales_of(known, rows)
-            codes = nearest(self._network.constants[weight_name].to(self._device).flatten(1), scale, qmax)
-        elif _is_grouped(operation) or (spec.search in RANGE_SEARCHES and self._recipe.correction == "none"):
+            values = self._network_constants[weight_name].to(self._device).flatten(1)
+            chosen = LayerWeights(scale, nearest(values, scale, bounds(spec)[1]), bias)
+        elif _is_grouped(operation) or (spec.search in RANGE_SEARCHES and not correct):
             # The rows that a channel of a grouped convolution reads are not those of its neighbours.
-            scale = scales_of(search_weight(weight, spec), rows)
-            codes = nearest(rows, scale, qmax)
+            chosen = choose_in_range(rows, bias, spec)
         else:
-            halves, moments = self._moments(operation, rows.shape[1])
-            alone = len(site.edges) == 1
-            target = rows
-            if self._recipe.correction == "least_squares" and alone:
-                target = least_squares(rows, halves, moments)
-            if spec.search == "feedback":
-                scale, codes = search_weight_feedback(rows, target, moments, spec)
-            elif spec.search == "output":
-                scale = search_weight_output(target, moments, spec)
-                codes = nearest(target, scale, qmax)
-            else:
-                scale = scales_of(search_weight(target, spec), rows)
-                codes = nearest(target, scale, qmax)
-            if self._recipe.correction != "none":
-                bias = bias + moments.bias_change(rows, codes * scale[:, None]).to(torch.float32)
-        scale, codes = self._fit_to_bias(operation, scale, codes, bias, qmax)
-        qparams = UniformQParams(tuple(float(s) for s in scale.cpu()), 0, -qmax, qmax)
+            chosen = choose_by_moments(rows, bias, spec, self._moments(operation, rows.shape[1]), correct=correct)
+        chosen = fit_to_bias(chosen, input_scale, spec)
+        qmax = bounds(spec)[1]
+        qparams = UniformQParams(tuple(float(s) for s in chosen.scale.cpu()), 0, -qmax, qmax)
         self.formats[site.name] = made.formats[site.name] = qparams
-        values = (codes * scale[:, None]).reshape(weight.shape).cpu()
-        step = scale.to(torch.float64) * self._input_scale(operation)
-        rounded = ((bias.to(torch.float64) / step).round() * step).to(torch.float32).cpu()
-        for name, tensor in ((weight_name, values), (bias_name, rounded)):
-            made.corrected[name] = tensor
-            self._network.constants[name] = tensor  # type: ignore[index]  # a dict of this object's own
+        made.corrected[weight_name] = chosen.values().reshape(weight.shape).cpu()
+        if owned[1]:
+            # Layers that share a bias have steps of their own for it; it stays as it is.
+            made.corrected[bias_name] = round_bias(chosen, input_scale).cpu()
+        self._network_constants.update(made.corrected)
 
-    def _moments(self, operation: Operation, width: int) -> tuple[tuple[MomentSums, MomentSums] | None, Moments]:
-        """Return moments of every other image, and of all: what the layer reads in float, and quantized."""
+    def _moments(self, operation: Operation, width: int) -> LayerMoments:
+        """Return moments of what the layer reads in float, and quantized: of every other image, and of all."""
         halves = (MomentSums(width, self._device), MomentSums(width, self._device))
-        seen = 0
-        site = self._site_of[operation.name, 0]
+        seen, counts = 0, [0, 0]
+        qparams = self.formats[self._site_of[operation.name, 0].name]
         for batch in range(self.source.batches):
             x = self._reference.value(operation.inputs[0], batch)
-            quantized = apply(self.formats[site.name], self.source.value(operation.inputs[0], batch))
+            quantized = apply(qparams, self.source.value(operation.inputs[0], batch))
             for half, sums in enumerate(halves):
                 mine = slice((half + seen) % 2, None, 2)
                 if len(x[mine]):
-                    sums.add(layer_rows(operation, x[mine], self._float), layer_rows(operation, quantized[mine], self._float))
+                    pair = (layer_rows(operation, values[mine], self._float) for values in (x, quantized))
+                    sums.add(*pair)
+                    counts[half] += 1
             seen += len(x)
-        if sum(self._batch_sizes) < 2:
-            return None, halves[0].finish()
-        return halves, (halves[0] + halves[1]).finish()
+        # A single image, or a constant that stands before the layer in every micro-batch.
+        if not all(counts):
+            return LayerMoments(halves[0].finish(), None)
+        return LayerMoments((halves[0] + halves[1]).finish(), halves)
 
     def _input_scale(self, operation: Operation) -> float:
         qparams = self.formats[self._site_of[operation.name, 0].name]
-        return float(qparams.scale[0] if isinstance(qparams, UniformQParams) else qparams.scale)  # type: ignore[union-attr]
-
-    def _fit_to_bias(
-        self, operation: Operation, scale: Tensor, codes: Tensor, bias: Tensor, qmax: int
-    ) -> tuple[Tensor, Tensor]:
-        """Make steps of input times weight, in which a bias is held as int32, large and small enough for it.
-
-        Too small a step would overflow: it is raised. A channel whose weights are all zero has no step of its own and
-        its scale of 1 would round the bias away: it gets the largest step of the other channels.
-        """
-        steps = bias.abs().to(torch.float64) / self._input_scale(operation)
-        dead = (codes == 0).all(1)
-        fitted = scale.to(torch.float64)
-        if not bool(dead.all()):
-            fitted = torch.where(dead, fitted[~dead].max(), fitted)
-        elif bool((steps > 0).any()):
-            fitted = torch.full_like(fitted, float(steps.max()) / _BIAS_OF_DEAD_WEIGHTS)
-        fitted = torch.maximum(fitted, steps / _LARGEST_BIAS).to(torch.float32)
-        raised = fitted > scale
-        refitted = nearest(codes * scale[:, None], fitted, qmax)
-        return fitted, torch.where((raised & ~dead)[:, None], refitted, codes)
+        assert isinstance(qparams, UniformQParams | CodebookQParams)
+        return qparams.scale[0] if isinstance(qparams, UniformQParams) else qparams.scale
 
 
 def _is_grouped(operation: Operation) -> bool:

@@ -21,15 +21,13 @@ import torch
 from torch import Tensor
 
 from calibration.cache import DEFAULT_MEMORY_LIMIT, ActivationCache
-from calibration.calibrated import Calibrated, CalibratedSite, QParams
+from calibration.calibrated import Calibrated, CalibratedSite
 from calibration.decisions import Decider
 from calibration.graph import Graph, check_shapes
 from calibration.progress import ProgressStore
 from calibration.rules import Recipe, assign_specs
 from calibration.sites import find_sites
 from quantizers.errors import DataError, ModelError
-
-
 
 #: Called with a stage, what is done and what there is to do.
 Progress = Callable[[str, int, int], None]

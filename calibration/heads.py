@@ -22,7 +22,7 @@ from quantizers.spec import QuantSpec
 from quantizers.uniform import HEAD_AXIS, UniformQParams
 
 #: A format of an operand; what only moves or scales it keeps the kind of format.
-Operand = TypeVar("Operand", UniformQParams, CodebookQParams)
+Operand = TypeVar("Operand", bound=UniformQParams | CodebookQParams)
 
 _SUMS = frozenset({"linear", "matmul", "multiply", "mean", "add"})
 
@@ -71,16 +71,15 @@ def before_view(operation: Operation, shape: tuple[int, ...], qparams: Operand) 
     return None
 
 
-def before_concat(
-    operation: Operation, shapes: Sequence[tuple[int, ...]], qparams: Operand
-) -> list[Operand]:
+def before_concat(operation: Operation, shapes: Sequence[tuple[int, ...]], qparams: Operand) -> list[Operand]:
     """Return the formats of a concatenation's operands, of the given sample shapes, for that of its result."""
     axis = operation.integer("axis")
     if isinstance(qparams, CodebookQParams):
         return [qparams] * len(shapes)
     if len(qparams.scale) == 1 or qparams.axis + len(operation.shape) != axis:
         return [qparams] * len(shapes)
-    formats, start = [], 0
+    formats: list[Operand] = []
+    start = 0
     for shape in shapes:
         formats.append(dataclasses.replace(qparams, scale=qparams.scale[start : start + shape[axis]]))
         start += shape[axis]

@@ -67,7 +67,9 @@ class ProgressStore:
             known = json.loads(path.read_bytes())
             same_key, same_images = known["key"] == self.key, known["digests"] == list(digests)
         except (ValueError, KeyError, TypeError) as error:
-            raise ArtifactError(f"{_IMAGES} of the interrupted run is damaged: {error}; start without resume") from error
+            raise ArtifactError(
+                f"{_IMAGES} of the interrupted run is damaged: {error}; start without resume"
+            ) from error
         if not same_key:
             raise ArtifactError(
                 "the interrupted run was made with another model or recipe; start without resume, or repeat its options"
@@ -77,9 +79,10 @@ class ProgressStore:
 
     def save(self, index: int, operation: str, decisions: Decisions) -> None:
         """Write what was decided at an operation."""
+        formats = {name: [format_name(q), qparams_to_json(q)] for name, q in decisions.formats.items()}
         metadata = {
             "operation": operation,
-            "formats": json.dumps({name: [format_name(q), qparams_to_json(q)] for name, q in decisions.formats.items()}),
+            "formats": json.dumps(formats),
             "notes": json.dumps(decisions.notes),
         }
         tensors = {f"{kind}/{name}": tensor for kind, name, tensor in _tensors(decisions)}
@@ -100,7 +103,8 @@ class ProgressStore:
                 metadata = file.metadata()
                 for name in file.keys():  # noqa: SIM118  (not a mapping)
                     kind, _, constant = name.partition("/")
-                    getattr(decisions, kind)[constant] = file.get_tensor(name)
+                    # A copy, aligned as torch's own tensors are.
+                    getattr(decisions, kind)[constant] = file.get_tensor(name).clone()
             if metadata["operation"] != operation:
                 raise ValueError(f"it belongs to {metadata['operation']}, expected {operation}")
             for name, (kind, values) in json.loads(metadata["formats"]).items():

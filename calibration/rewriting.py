@@ -81,7 +81,8 @@ class Rewriter:
             for name, made in choices.items()
         }
         best = min(errors, key=lambda name: errors[name])
-        return choices[best], f"{where}: channel scales {best}, error {errors[best] / max(errors['none'], 1e-30):.2f} of none"
+        share = errors[best] / max(errors["none"], 1e-30)
+        return choices[best], f"{where}: channel scales {best}, error {share:.2f} of none"
 
     def centring(self, operation: Operation, reference: Stream) -> dict[str, Tensor]:
         """Return new biases of a linear that makes keys or values, and of the linears that take it back."""
@@ -94,13 +95,15 @@ class Rewriter:
             rows = result.reshape(-1, result.shape[-1])
             low = rows.amin(0) if low is None else torch.minimum(low, rows.amin(0))
             high = rows.amax(0) if high is None else torch.maximum(high, rows.amax(0))
-        assert low is not None and high is not None
+        assert low is not None
+        assert high is not None
         middle = ((low + high) / 2).cpu()
         made: dict[str, Tensor] = {}
-        for group, centre in ((keys, centre_keys), (values, centre_values)):
-            if group is not None and group.refusal is None:
-                graph = dataclasses.replace(self._graph, constants={**self._graph.constants, **made})
-                made.update(centre(graph, group, middle))
+        if keys is not None and keys.refusal is None:
+            made.update(centre_keys(self._graph, keys, middle))
+        if values is not None and values.refusal is None:
+            graph = dataclasses.replace(self._graph, constants={**self._graph.constants, **made})
+            made.update(centre_values(graph, values, middle))
         return made
 
     def _candidates(self, group: NormGroup, fitted: ChannelFormat) -> dict[str, dict[str, Tensor]]:
@@ -129,7 +132,7 @@ class Rewriter:
         input_spec: QuantSpec,
         weight_spec: QuantSpec,
     ) -> float:
-        """Return the squared error at the linears' outputs, input and weights quantized, for one choice of constants."""
+        """Return the squared error at the linears' outputs, input and weights quantized, for some constants."""
         constants = {**self._graph.constants, **made}
         rows = self._norm_rows(operation, inputs, constants)
         weight = torch.cat([constants[self._producers[name].inputs[1]] for name in group.linears]).to(rows.device)

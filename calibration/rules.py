@@ -97,7 +97,10 @@ class Recipe:
 _WIDE_KINDS = frozenset({"residual", "constant", "output"})
 #: Operands of products, which read any levels.
 _CODEBOOK_KINDS = frozenset(
-    {"linear_input", "activation_output", "probability", "query", "key", "value", "matmul_left", "matmul_right", "multiply_input"}
+    {
+        *("linear_input", "activation_output", "probability", "query", "key", "value"),
+        *("matmul_left", "matmul_right", "multiply_input"),
+    }
 )
 #: Granularities that the integer operators have at each kind; everything else has one scale for a tensor.
 _GRANULARITIES: Mapping[str, tuple[str, ...]] = MappingProxyType(

@@ -1,4 +1,4 @@
-"""A Calibrated as two files: ``model.json`` (graph, recipe, sites) and ``model.safetensors`` (weights, and what they were).
+"""A Calibrated as two files: ``model.json`` (graph, recipe, sites), ``model.safetensors`` (weights, float ones too).
 
 The same object gives the same bytes, and reading them gives back an equal one.
 """

@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from calibration.rules import Recipe, Rule
+from calibration.rules import CHOICES, Recipe, Rule
 from quantizers.errors import RecipeError, UsageError
 from quantizers.spec import QuantSpec
 
@@ -66,6 +66,8 @@ def parse_recipe(text: str, where: str) -> Recipe:
     rules = tuple(_parse_rule(entry, f"recipe {where}, rule {i}") for i, entry in enumerate(document["rules"], 1))
     choices = {key: document[key] for key in _CHOICE_KEYS if key in document}
     for key, value in choices.items():
+        if key in CHOICES and value not in CHOICES[key]:
+            raise RecipeError(f"recipe {where}: {key} is {value!r}, expected one of {', '.join(CHOICES[key])}")
         _require_type(value, _CHOICE_KEYS[key], f"recipe {where}: {key}")
     return Recipe(document["name"], rules, **choices)
 

@@ -42,7 +42,7 @@ class RecipeEntry:
 RECIPES: Mapping[str, RecipeEntry] = MappingProxyType(
     {
         "auto": RecipeEntry(
-            "each site the format, and each layer the rewrite and rounding, with the least measured error at its output",
+            "each site the format, each layer the rewrite and rounding, with the least measured error at its output",
             weight="feedback",
             activation="output",
             symmetric=False,
@@ -76,7 +76,7 @@ RECIPES: Mapping[str, RecipeEntry] = MappingProxyType(
             choices=MappingProxyType({"propagation": "quantized", "layer_norm_scale": "mean"}),
         ),
         "dopq": RecipeEntry(
-            "DopQ-ViT without its gradient stage: LayerNorm scales folded to their median, tangent levels for attention",
+            "DopQ-ViT without its gradient stage: LayerNorm scales folded to the median, tangent levels for attention",
             weight="output",
             activation="percentile_mse",
             symmetric=False,

@@ -1,9 +1,9 @@
 """Rounding that carries each weight's error on to the weights not yet rounded: GPTQ.
 
 Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (ICLR 2023,
-arXiv 2210.17323), algorithm 1, with the inputs in order of falling energy ("act-order" of the official code). After input
-``j`` is rounded with error ``e``, the weights of the inputs after it move by ``-e / U_jj U_j,`` where ``U`` is the upper
-Cholesky factor of the inverse second moments: the least-squares optimal answer to the error.
+arXiv 2210.17323), algorithm 1, with the inputs in order of falling energy ("act-order" of the official code). After
+input ``j`` is rounded with error ``e``, the weights of the inputs after it move by ``-e / U_jj U_j,`` where ``U`` is
+the upper Cholesky factor of the inverse second moments: the least-squares optimal answer to the error.
 """
 
 from __future__ import annotations

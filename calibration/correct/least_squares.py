@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calibration.moments import MomentSums, Moments
+from calibration.moments import Moments, MomentSums
 
 #: Ridges as shares of the mean variance of an input.
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -32,7 +32,7 @@ def least_squares(weight: Tensor, halves: tuple[MomentSums, MomentSums] | None, 
     """
     if halves is None:
         return weight
-    systems = tuple(_System(weight, half.finish()) for half in halves)
+    systems = _System(weight, halves[0].finish()), _System(weight, halves[1].finish())
     scores = [sum(seen.error(fitted.fit(ridge)) for fitted, seen in (systems, systems[::-1])) for ridge in RIDGES]
     best = min(range(len(RIDGES)), key=scores.__getitem__)
     double = weight.to(torch.float64)

@@ -15,7 +15,6 @@ import numpy.typing as npt
 from calibration.calibrated import QParams
 from calibration.graph import VIEWS, Operation
 from calibration.heads import before_view, rescaled
-from calibration.integerize.operands import OperandQParams
 from calibration.integerize.scales import Scales, viewed
 from calibration.sites import Edge, Structure
 from quantizers.codebook import CodebookQParams

@@ -1,8 +1,8 @@
 """Searches of an operand's format by the error at the result of the operation that reads it.
 
-Two steps. The histogram scores every format that a spec allows, cheaply; the best few of them, and what the range searches
-choose, are then scored by the error that their quantization brings to the result, on sampled rows, and refined by
-:mod:`calibration.search.progressive`. So no range search is better than the outcome on that error.
+Two steps. The histogram scores every format that a spec allows, cheaply; the best few of them, and what the range
+searches choose, are then scored by the error that their quantization brings to the result, on sampled rows, and refined
+by :mod:`calibration.search.progressive`. So no range search is better than the outcome on that error.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -133,7 +132,8 @@ def _uniform_grid(stats: Histogram, spec: QuantSpec) -> Sequence[UniformQParams]
     if high - low < _SMALLEST_RANGE:
         return [search_activation(stats, dataclasses.replace(spec, search="minmax"))]
     if spec.symmetric:
-        return [UniformQParams((float(np.float32(share * max(-low, high) / qmax)),), 0, qmin, qmax) for share in _SHARES]
+        steps = [float(np.float32(share * max(-low, high) / qmax)) for share in _SHARES]
+        return [UniformQParams((step,), 0, qmin, qmax) for step in steps]
     count = qmax - qmin
     zero_points = sorted({qmin + round(count * i / (_ZERO_POINTS - 1)) for i in range(_ZERO_POINTS)})
     scales = [float(np.float32(share * (high - low) / count)) for share in _SHARES]
@@ -143,7 +143,8 @@ def _uniform_grid(stats: Histogram, spec: QuantSpec) -> Sequence[UniformQParams]
 def _codebook_grid(stats: Histogram, codebooks: Sequence[Codebook]) -> Sequence[CodebookQParams]:
     """Return codebooks that begin at the lowest value, and codebooks that begin at zero.
 
-    Beginning at the lowest value is AdaLog's shift after GELU (arXiv 2407.12951, section 3.3), whose lowest value is -0.17.
+    Beginning at the lowest value is AdaLog's shift after GELU (arXiv 2407.12951, section 3.3), whose lowest value is
+    -0.17.
     """
     low, high = min(stats.low, 0.0), max(stats.high, 0.0)
     if high - low < _SMALLEST_RANGE:

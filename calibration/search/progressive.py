@@ -1,9 +1,9 @@
 """Progressive search of scales: a beam whose offsets shrink, so that few evaluations reach a fine grid.
 
 FPCS of AdaLog (Wu et al., "AdaLog: Post-Training Quantization for Vision Transformers with Adaptive Logarithm
-Quantizer", ECCV 2024, arXiv 2407.12951, section 3.4): score a coarse grid, keep the best few, look around each of them at
-a distance that shrinks from step to step. What has a scale and something else (zero point, codebook) is refined in its
-scale only.
+Quantizer", ECCV 2024, arXiv 2407.12951, section 3.4): score a coarse grid, keep the best few, look around each of them
+at a distance that shrinks from step to step. What has a scale and something else (zero point, codebook) is refined in
+its scale only.
 
 The published search can end worse than it began, because survivors are not scored again between steps. Here the best
 candidate ever seen is returned, and candidates of other searches take part: the result is never worse than any of them.
@@ -104,6 +104,7 @@ def progressive_search_groups(
             break
         kept = torch.take_along_dim(current, errors.argsort(dim=0, stable=True)[:width], 0)
         offsets = torch.tensor([-0.5, -1 / 6, 1 / 6, 0.5], dtype=scales.dtype, device=scales.device)
-        current = (kept[:, None] + offsets[None, :, None] * gap).flatten(0, 1).clamp(min=torch.finfo(torch.float32).tiny)
+        around = (kept[:, None] + offsets[None, :, None] * gap).flatten(0, 1)
+        current = around.clamp(min=torch.finfo(torch.float32).tiny)
         gap = gap / 3.5
     return winner

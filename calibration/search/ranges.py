@@ -45,8 +45,9 @@ def search_heads(stats: Sequence[Histogram], spec: QuantSpec) -> UniformQParams:
 
 def _range(stats: Histogram, spec: QuantSpec) -> tuple[float, float]:
     if spec.search == "percentile_mse":
-        ranges = [_percentile_range(stats, dataclasses.replace(spec, percentile=100 * (1 - 2 * tail))) for tail in _TAILS]
-        return min(ranges, key=lambda ends: histogram_error(stats, qparams_from_range(*ends, spec)))
+        shares = [dataclasses.replace(spec, percentile=100 * (1 - 2 * tail)) for tail in _TAILS]
+        ranges = [_percentile_range(stats, entry) for entry in shares]
+        return min(ranges, key=lambda ends: histogram_error(stats, qparams_from_range(ends[0], ends[1], spec)))
     if spec.search == "percentile":
         return _percentile_range(stats, spec)
     if spec.search == "mse":

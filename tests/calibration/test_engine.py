@@ -164,10 +164,10 @@ def test_progress_is_told() -> None:
     assert told[2:] == [("calibrate", done, operations) for done in range(1, operations + 1)]
 
 
-@pytest.mark.parametrize("search", ["minmax", "percentile", "mse"])
-def test_one_image_is_enough(search: str) -> None:
+@pytest.mark.parametrize("chosen", BATCHED, ids=["minmax", "percentile", "mse", "auto"])
+def test_one_image_is_enough(chosen: Recipe) -> None:
     """A calibration set of one image works with every search."""
-    result = calibrate(traced("ours"), samples(images("ours", 1)), recipe(search=search))
+    result = calibrate(traced("ours"), samples(images("ours", 1)), chosen)
     assert result.num_images == 1
     assert_usable(result, images("ours", 1))
 
@@ -189,12 +189,49 @@ def test_several_inputs() -> None:
     assert relative(simulate(result, (a, b))[0], execute(graph, (a, b))[0]) < 0.05
 
 
-@pytest.mark.parametrize("search", ["minmax", "percentile", "mse"])
-def test_constant_images(search: str) -> None:
+@pytest.mark.parametrize("chosen", BATCHED, ids=["minmax", "percentile", "mse", "auto"])
+def test_constant_images(chosen: Recipe) -> None:
     """Black images, and images of one value, work with every search."""
     for value in (0.0, 0.7):
         x = torch.full((2, 1, 8, 8), value)
-        assert_usable(calibrate(traced("ours"), samples(x), recipe(search=search)), x)
+        assert_usable(calibrate(traced("ours"), samples(x), chosen), x)
+
+
+@pytest.mark.parametrize("dead", ["mlp.fc1.weight", "attn.qkv.weight", "weight"])
+@pytest.mark.parametrize("bits", ["w8a8", "w3a3"])
+def test_constant_activations(dead: str, bits: str) -> None:
+    """Layers behind weights of zero read the same row always, from which no correction can be fitted."""
+    broken = copy.deepcopy(model("ours"))
+    for name, parameter in broken.named_parameters():
+        if name.endswith(dead) and parameter.ndim > 1:
+            parameter.data.zero_()
+    x = images("ours", 9)
+    assert_usable(calibrate(trace(broken, (x[:2],)), samples(x), named_recipe("auto", bits)), x)
+
+
+def test_a_layer_that_is_used_twice() -> None:
+    """It is not corrected for the inputs of one of its uses: both read the weights and the bias of the model."""
+    layer = spread(nn.Linear(8, 8))
+    x = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+    graph = trace(Formula(lambda x, a: a(functional.gelu(a(x))), layer), (x,))
+    result = calibrate(graph, samples(x), named_recipe("auto", "w8a4"))
+    (name,) = (name for name, tensor in graph.constants.items() if tensor.ndim == 1)
+    assert torch.equal(result.graph.constants[name], layer.bias)
+    assert_usable(result, x)
+
+
+def test_layers_of_different_kernels_may_read_one_site() -> None:
+    """And one value in several views."""
+    layers = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 1), nn.Linear(108, 4), nn.Conv2d(3, 3, 1)
+
+    def formula(x: Tensor, a: nn.Module, b: nn.Module, c: nn.Module, d: nn.Module) -> Tensor:
+        x = d(x)
+        return (a(x) + b(x)).flatten(2).mean(-1) + c(x.flatten(1))
+
+    x = torch.randn(16, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    graph = trace(spread(Formula(formula, *layers)), (x,))
+    for method in ("auto", "adalog"):
+        assert_usable(calibrate(graph, samples(x), named_recipe(method, "w8a8")), x)
 
 
 @pytest.mark.parametrize("search", ["minmax", "mse"])
@@ -361,6 +398,16 @@ def test_an_infinite_activation_names_the_site() -> None:
     graph = trace(broken, (images("ours", 2),))
     with pytest.raises(ModelError, match=r"NaN or infinity at site blocks\.1\.mlp\.act\.input while calibrating"):
         calibrate(graph, samples(images("ours", 3)), recipe())
+
+
+@pytest.mark.parametrize("method", ["mse", "auto"])
+def test_an_image_that_overflows_inside_the_network_is_told(method: str) -> None:
+    """Long after the images are no longer held: the site and the micro-batch."""
+    x = images("ours", 19)
+    x[17] *= 1e38
+    message = r"NaN or infinity at site \S+ while calibrating images 16 to 18; check the preprocessing"
+    with pytest.raises(ModelError, match=message):
+        calibrate(traced("ours"), samples(x), named_recipe(method, "w8a8"))
 
 
 def test_an_infinite_output_is_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ from support.embedded import write_images, write_model
 import ptq
 from calibration.integerize import integerize
 from ptq.cli import main
+from ptq.recipes import DEFAULT_METHOD, RECIPES
 from quantizers.adalog import adalog
 from quantizers.logarithm import log_sqrt2
 
@@ -120,7 +122,16 @@ def test_recipes_lists_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     """Names come from the table."""
     result = json_of(capsys, "recipes")
     assert isinstance(result, dict)
-    assert [entry["name"] for entry in result["recipes"]] == ["minmax", "percentile", "mse", "ivit"]
+    names = ["auto", "minmax", "percentile", "mse", "repq", "dopq", "adalog", "ias", "ivit"]
+    assert [entry["name"] for entry in result["recipes"]] == names
+
+
+def test_the_page_of_methods_holds_the_table() -> None:
+    """A row for each method, and the default marked."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)`( \(default\))? \|", page, re.MULTILINE)
+    assert {name for name, _ in rows} == set(RECIPES)
+    assert [name for name, default in rows if default] == [DEFAULT_METHOD]
 
 
 @pytest.mark.parametrize(("format_name", "name"), [("onnx", "model.onnx"), ("tvm", "bundle")])

@@ -17,7 +17,7 @@ from support.heads import KINDS, head_recipe
 from support.models import Formula, calibrated, images, recipe, spread, traced
 from torch import Tensor, nn
 
-from calibration.calibrated import Calibrated, QParams
+from calibration.calibrated import Calibrated
 from calibration.engine import calibrate
 from calibration.graph import EXECUTORS, UNARY_FUNCTIONS, Graph, Operation, execute
 from calibration.rules import Recipe, Rule
@@ -337,11 +337,11 @@ def test_every_operator_has_a_writer() -> None:
 
 
 def _compare_with_float(graph: Graph, directory: Path, *inputs: Tensor) -> None:
-    """Export a graph without products, whose file is a float one, and run it beside the graph."""
+    """Export a graph without products, whose file is a float one, and run it beside the graph that it holds."""
     source = calibrate(graph, [tuple(x[0] for x in inputs)], Recipe("t", (Rule(QuantSpec(8)),)))
     path = export(source, directory)
     assert not any("Quantize" in node.op_type for node in onnx.load(path).graph.node)
-    for found, expected in zip(run(path, *inputs), execute(graph, inputs), strict=True):
+    for found, expected in zip(run(path, *inputs), execute(source.graph, inputs), strict=True):
         np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-6)
 
 

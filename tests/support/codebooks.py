@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from calibration.calibrated import Calibrated, QParams
-from quantizers.codebook import Codebook, codebook_qparams
+from quantizers.codebook import Codebook, CodebookQParams, codebook_qparams
 from quantizers.row_relative import RowRelativeQParams
 from quantizers.uniform import UniformQParams
 
@@ -19,9 +19,9 @@ def with_codebooks(result: Calibrated, codebooks: Mapping[str, Codebook], low: f
     """Return a calibrated model with other formats.
 
     Args:
-        result: with uniform formats.
+        result: with formats of one scale each.
         codebooks: kind of a site, or regular expression that its whole name matches, to its levels.
-        low: lowest value of the sites; by default that of the site's uniform format.
+        low: lowest value of the sites; by default that of the site's format.
     """
     sites = list(result.sites)
     for index, entry in enumerate(sites):
@@ -35,6 +35,10 @@ def with_codebooks(result: Calibrated, codebooks: Mapping[str, Codebook], low: f
 def _qparams(qparams: QParams, codebook: Codebook, low: float | None) -> QParams:
     if isinstance(qparams, RowRelativeQParams):
         return RowRelativeQParams(codebook)
-    assert isinstance(qparams, UniformQParams)
-    lowest, highest = ((code - qparams.zero_point) * qparams.scale[0] for code in (qparams.qmin, qparams.qmax))
+    if isinstance(qparams, CodebookQParams):
+        ends, scale = (qparams.codebook.levels[0], qparams.codebook.levels[-1]), qparams.scale
+    else:
+        assert isinstance(qparams, UniformQParams)
+        ends, scale = (qparams.qmin, qparams.qmax), qparams.scale[0]
+    lowest, highest = ((end - qparams.zero_point) * scale for end in ends)
     return codebook_qparams(lowest if low is None else low, highest, codebook)

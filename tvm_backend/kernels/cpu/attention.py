@@ -297,7 +297,7 @@ class _Writer:
         self, result: Buffer, at: Sequence[Expr], rows: Buffer, reciprocals: Buffer, values: Packed, item: Expr,
         count: int,
     ) -> None:  # fmt: skip
-        tirx, dot, node = script(), self.dot, self.rule.normalize
+        tirx, dot = script(), self.dot
         lanes = dot.lanes
         panel = Panel(dot, rows, lambda row, k: [row, k], "uint8", values.groups * dot.group, _ROWS)
         read = panel.fill(list(range(_ROWS)))
