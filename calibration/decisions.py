@@ -236,7 +236,7 @@ class Decider:
         producers = self._graph.producers()
         readers = [producers[edge[0]] for edge in site.edges if edge[0] in producers]
         if operation.op in ("linear", "conv2d") and not any(map(_is_grouped, readers)):
-            weight = torch.cat([self._float_constants[reader.inputs[1]].flatten(1) for reader in readers])
+            weight = torch.cat([self._float_constants[name].flatten(1) for name in self._weights_that_read(site)])
             return output_error(sample_rows(self.source, operation, _SAMPLED_ROWS), weight.to(self._device))
         if operation.op == "unary":
             x = sample_rows(self.source, operation, _FEW_ROWS)
