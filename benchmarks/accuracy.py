@@ -289,7 +289,7 @@ def main(
             continue
         arguments = ["--wheel", str(wheel), "--data", str(data), "--simulate", str(simulate), "--threads", str(threads)]
         command = [sys.executable, __file__, *arguments, "--row", f"{n}:{m}:{b}:{s}"]
-        result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603
         if result.returncode:
             raise SystemExit(f"{n} {m} {b} seed {s} failed with exit code {result.returncode}")
         made = Row(**json.loads(result.stdout.splitlines()[-1]))
