@@ -327,10 +327,12 @@ class Decider:
         """Return moments of what the layer reads in float, and quantized: of every other image, and of all."""
         halves = (MomentSums(width, self._device), MomentSums(width, self._device))
         seen, counts = 0, [0, 0]
-        qparams = self.formats[self._site_of[operation.name, 0].name]
+        site = self._site_of[operation.name, 0]
         for batch in range(self.source.batches):
             x = self._reference.value(operation.inputs[0], batch)
-            quantized = apply(qparams, self.source.value(operation.inputs[0], batch))
+            quantized = apply(self.formats[site.name], self.source.value(operation.inputs[0], batch))
+            for values in (x, quantized):
+                self._require_finite(values.square().sum(), f"the squares of site {site.name}", batch)
             for half, sums in enumerate(halves):
                 mine = slice((half + seen) % 2, None, 2)
                 if len(x[mine]):
