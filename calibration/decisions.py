@@ -151,12 +151,12 @@ class Decider:
 
     def _rewrite(self, made: Decisions, operation: Operation) -> None:
         if operation.op == "layer_norm" and self._recipe.layer_norm_scale != "none":
+            note = self._rewriter.refusal(operation)
             readers = self._rewriter.linears_of(operation)
-            if not readers:
-                return
-            specs = [self._specs[self._site_of[readers[0], position].name] for position in (0, 1)]
-            rewritten, note = self._rewriter.layer_norm_scale(operation, self.source, *specs)
-            self._replace(made.rewritten, rewritten)
+            if note is None and readers:
+                specs = [self._specs[self._site_of[readers[0], position].name] for position in (0, 1)]
+                rewritten, note = self._rewriter.layer_norm_scale(operation, self.source, *specs)
+                self._replace(made.rewritten, rewritten)
             if note is not None:
                 made.notes.append(note)
                 self.notes.append(note)
@@ -233,7 +233,7 @@ class Decider:
     def _error_at_result(self, site: Site, operation: Operation, position: int) -> Error:
         """Return the error of an operand's format at the result of what reads it."""
         name = operation.inputs[position]
-        if site.kind in ("linear_input", "activation_output", "image"):
+        if operation.op in ("linear", "conv2d") and not _is_grouped(operation):
             weight = torch.cat([self._float_constants[name].flatten(1) for name in self._weights_that_read(site)])
             return output_error(sample_rows(self.source, operation, _SAMPLED_ROWS), weight.to(self._device))
         if operation.op == "unary":
@@ -257,7 +257,9 @@ class Decider:
         alike = [
             reader.inputs[1]
             for reader in readers
-            if reader.inputs[0] == readers[0].inputs[0] and self._graph.constants[reader.inputs[1]].shape[1:] == kernel
+            if reader.inputs[0] == readers[0].inputs[0]
+            and self._graph.constants[reader.inputs[1]].shape[1:] == kernel
+            and not _is_grouped(reader)
         ]
         return list(dict.fromkeys(alike))
 
@@ -309,7 +311,8 @@ class Decider:
             scale = scales_of(known, rows)
             values = self._network_constants[weight_name].to(self._device).flatten(1)
             chosen = LayerWeights(scale, nearest(values, scale, bounds(spec)[1]), bias)
-        elif spec.search in RANGE_SEARCHES and not correct:
+        elif _is_grouped(operation) or (spec.search in RANGE_SEARCHES and not correct):
+            # The rows that a channel of a grouped convolution reads are not those of its neighbours.
             chosen = choose_in_range(rows, bias, spec)
         else:
             chosen = choose_by_moments(rows, bias, spec, self._moments(operation, rows.shape[1]), correct=correct)
@@ -349,3 +352,7 @@ class Decider:
         qparams = self.formats[self._site_of[operation.name, 0].name]
         assert isinstance(qparams, UniformQParams | CodebookQParams)
         return qparams.scale[0] if isinstance(qparams, UniformQParams) else qparams.scale
+
+
+def _is_grouped(operation: Operation) -> bool:
+    return operation.op == "conv2d" and operation.integer("groups") > 1

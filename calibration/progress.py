@@ -34,6 +34,10 @@ class Decisions:
     corrected: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    def any(self) -> bool:
+        """Whether anything was decided."""
+        return bool(self.formats or self.rewritten or self.corrected or self.notes)
+
 
 @dataclass(frozen=True, slots=True)
 class ProgressStore:

@@ -52,21 +52,24 @@ class Rewriter:
         """Return the linears that read a LayerNorm."""
         return self._norms[operation.name].linears
 
+    def refusal(self, operation: Operation) -> str | None:
+        """Return a line that says why the channels of a LayerNorm keep their scales, or None where they need not."""
+        reason = self._norms[operation.name].refusal
+        return None if reason is None else f"{operation.module or operation.name}: channels keep their scales: {reason}"
+
     def layer_norm_scale(
         self, operation: Operation, source: Stream, input_spec: QuantSpec, weight_spec: QuantSpec
     ) -> tuple[dict[str, Tensor], str | None]:
         """Return new constants for a LayerNorm and its linears, and a line for the user where there is one to say.
 
         Args:
-            operation: the layer_norm.
+            operation: the layer_norm, not refused, with a linear behind it.
             source: the run whose activations get formats.
             input_spec: of the linears' input.
             weight_spec: of their weights.
         """
         group, kind = self._norms[operation.name], self._recipe.layer_norm_scale
         where = operation.module or operation.name
-        if group.refusal is not None:
-            return {}, f"{where}: channels keep their scales: {group.refusal}"
         rows = self._norm_rows(operation, sample_rows(source, operation, _ROWS), self._graph.constants)
         fitted = fit_channels(rows.cpu(), input_spec.bits)
         choices = self._candidates(group, fitted)

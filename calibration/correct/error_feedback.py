@@ -42,7 +42,7 @@ def feedback(moments: Tensor) -> Feedback:
     energy = moments.diagonal()
     order = torch.argsort(energy, descending=True, stable=True)
     damping = DAMPING * float(energy.mean())
-    if damping == 0:
+    if damping <= 0:
         return Feedback(order, None)
     system = moments[order][:, order]
     system.diagonal().add_(damping)

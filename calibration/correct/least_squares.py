@@ -48,12 +48,13 @@ class _System:
         self._weight = weight.to(torch.float64)
         self._moments = moments
         self._targets = moments.targets(weight)
-        self._residual = self._targets - self._weight @ moments.qq
+        # The difference comes first: exactly nothing is to be fitted where quantized rows are the float ones.
+        self._residual = self._weight @ (moments.qx - moments.qq).T
         self._variance = float(moments.qq.diagonal().mean())
 
     def fit(self, ridge: float) -> Tensor:
         """Return the corrected weights, float64 (N, K)."""
-        if self._variance == 0:
+        if self._variance <= 0:
             return self._weight
         damped = self._moments.qq.clone()
         damped.diagonal().add_(ridge * self._variance)

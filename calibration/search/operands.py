@@ -17,7 +17,7 @@ from torch import Tensor
 from calibration.search.progressive import progressive_search
 from calibration.search.ranges import histogram_error, search_activation
 from calibration.statistics import Histogram
-from quantizers.codebook import Codebook, CodebookQParams, fake_quantize_codebook, thresholds
+from quantizers.codebook import Codebook, CodebookQParams, codebook_qparams, fake_quantize_codebook, thresholds
 from quantizers.families import candidates
 from quantizers.spec import RANGE_SEARCHES, QuantSpec
 from quantizers.uniform import UniformQParams, bounds, fake_quantize
@@ -29,6 +29,8 @@ _SHARES = tuple(i / 32 for i in range(4, 33))
 _ZERO_POINTS = 16
 #: Shares of the largest value that a codebook's largest level may stand for.
 _PEAKS = tuple(i / 16 for i in range(4, 17))
+#: Ranges narrower than this count as zero, as in :mod:`quantizers.uniform`.
+_SMALLEST_RANGE = 2.0**-60
 #: Output directions on which errors are measured, see :func:`output_error`.
 _DIRECTIONS = 64
 
@@ -89,7 +91,7 @@ def search_operand(stats: Histogram, spec: QuantSpec, error: Error, formats: Seq
     scale, chosen = progressive_search(
         entries,
         lambda scale, qparams: error(with_scale(qparams, scale)),
-        gap=(stats.high - stats.low) / (2**spec.bits - 1) / len(_SHARES),
+        gap=(max(stats.high, 0.0) - min(stats.low, 0.0)) / (2**spec.bits - 1) / len(_SHARES),
         incumbents=[(_scale(qparams), qparams) for qparams in incumbents],
         width=4,
         candidates=16,
@@ -127,7 +129,7 @@ def _uniform_grid(stats: Histogram, spec: QuantSpec) -> Sequence[UniformQParams]
     """Return scales and zero points, those of one-sided values among them at every width."""
     qmin, qmax = bounds(spec)
     low, high = min(stats.low, 0.0), max(stats.high, 0.0)
-    if high == low:
+    if high - low < _SMALLEST_RANGE:
         return [search_activation(stats, dataclasses.replace(spec, search="minmax"))]
     if spec.symmetric:
         steps = [float(np.float32(share * max(-low, high) / qmax)) for share in _SHARES]
@@ -145,6 +147,8 @@ def _codebook_grid(stats: Histogram, codebooks: Sequence[Codebook]) -> Sequence[
     -0.17.
     """
     low, high = min(stats.low, 0.0), max(stats.high, 0.0)
+    if high - low < _SMALLEST_RANGE:
+        return [codebook_qparams(low, high, codebooks[0])]
     formats: list[CodebookQParams] = []
     for codebook in codebooks:
         top = codebook.levels[-1]
