@@ -233,9 +233,7 @@ class Decider:
     def _error_at_result(self, site: Site, operation: Operation, position: int) -> Error:
         """Return the error of an operand's format at the result of what reads it."""
         name = operation.inputs[position]
-        producers = self._graph.producers()
-        readers = [producers[edge[0]] for edge in site.edges if edge[0] in producers]
-        if operation.op in ("linear", "conv2d") and not any(map(_is_grouped, readers)):
+        if operation.op in ("linear", "conv2d") and not _is_grouped(operation):
             weight = torch.cat([self._float_constants[name].flatten(1) for name in self._weights_that_read(site)])
             return output_error(sample_rows(self.source, operation, _SAMPLED_ROWS), weight.to(self._device))
         if operation.op == "unary":
@@ -259,7 +257,9 @@ class Decider:
         alike = [
             reader.inputs[1]
             for reader in readers
-            if reader.inputs[0] == readers[0].inputs[0] and self._graph.constants[reader.inputs[1]].shape[1:] == kernel
+            if reader.inputs[0] == readers[0].inputs[0]
+            and self._graph.constants[reader.inputs[1]].shape[1:] == kernel
+            and not _is_grouped(reader)
         ]
         return list(dict.fromkeys(alike))
 
@@ -330,10 +330,12 @@ class Decider:
         """Return moments of what the layer reads in float, and quantized: of every other image, and of all."""
         halves = (MomentSums(width, self._device), MomentSums(width, self._device))
         seen, counts = 0, [0, 0]
-        qparams = self.formats[self._site_of[operation.name, 0].name]
+        site = self._site_of[operation.name, 0]
         for batch in range(self.source.batches):
             x = self._reference.value(operation.inputs[0], batch)
-            quantized = apply(qparams, self.source.value(operation.inputs[0], batch))
+            quantized = apply(self.formats[site.name], self.source.value(operation.inputs[0], batch))
+            for values in (x, quantized):
+                self._require_finite(values.square().sum(), f"the squares of site {site.name}", batch)
             for half, sums in enumerate(halves):
                 mine = slice((half + seen) % 2, None, 2)
                 if len(x[mine]):

@@ -61,7 +61,11 @@ class Moments:
 
 
 class MomentSums:
-    """Adds up moments; rows arrive in batches, about fixed origins so that float32 products lose nothing."""
+    """Adds up moments; rows arrive in batches, about fixed origins so that float32 products lose nothing.
+
+    Float rows and quantized rows have an origin each: about a common one, inputs that never change would leave products
+    of two offsets, of which centring takes all but the rounding, and that is no second moment of anything.
+    """
 
     def __init__(self, width: int, device: torch.device) -> None:
         self._count = 0
@@ -73,7 +77,7 @@ class MomentSums:
         """Add float32 rows (R, K) and what the quantized layer reads in their place."""
         if not self._origins:
             # In float64 the mean of equal values is that value.
-            self._origins = [v.mean(0, dtype=torch.float64).to(torch.float32) for v in (rows, quantized)]
+            self._origins = [values.mean(0, dtype=torch.float64).to(torch.float32) for values in (rows, quantized)]
         moved = [values - origin for values, origin in zip((rows, quantized), self._origins, strict=True)]
         self._count += len(rows)
         for total, values in zip(self._sums, moved, strict=True):
