@@ -1,8 +1,9 @@
 """Searches of an operand's format by the error at the result of the operation that reads it.
 
-Two steps. The histogram scores every format that a spec allows, cheaply; the best few of them, and what the range searches
-choose, are then scored by the error that their quantization brings to the result, on sampled rows, and refined by
-:mod:`calibration.search.progressive`. So no range search is better than the outcome on that error.
+Two steps for each family of formats. The histogram scores all that the spec allows, cheaply; the best few of them, and
+what the range searches choose, are then scored by the error that their quantization brings to the result, on sampled
+rows, and refined by :mod:`calibration.search.progressive`. So neither a range search nor a family alone is better than
+the outcome on that error.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from torch import Tensor
 from calibration.search.progressive import progressive_search
 from calibration.search.ranges import histogram_error, search_activation
 from calibration.statistics import Histogram
-from quantizers.codebook import Codebook, CodebookQParams, codebook_qparams, fake_quantize_codebook, thresholds
+from quantizers.codebook import TOP, Codebook, CodebookQParams, codebook_qparams, fake_quantize_codebook, thresholds
 from quantizers.families import candidates
 from quantizers.spec import RANGE_SEARCHES, QuantSpec
 from quantizers.uniform import UniformQParams, bounds, fake_quantize
 
 #: Formats that go from the histogram's ranking to the error at the result.
-_SHORTLIST = 24
+_SHORTLIST = 12
 #: Shares of the full range, and numbers of zero points, of the uniform grid.
 _SHARES = tuple(i / 32 for i in range(4, 33))
 _ZERO_POINTS = 16
@@ -77,28 +78,29 @@ def search_operand(stats: Histogram, spec: QuantSpec, error: Error, formats: Seq
     Returns:
         The format with the least error.
     """
-    shortlist: list[tuple[float, int, OperandQParams]] = []
-    incumbents: list[OperandQParams] = []
+    found: list[OperandQParams] = []
+    # Each family for itself: in a common shortlist one would crowd out another that is better once it is refined.
     for family in formats:
+        incumbents: list[OperandQParams] = []
         if family == "uniform":
-            incumbents += [search_activation(stats, dataclasses.replace(spec, search=s)) for s in RANGE_SEARCHES]
+            incumbents = [search_activation(stats, dataclasses.replace(spec, search=s)) for s in RANGE_SEARCHES]
             grid: list[OperandQParams] = list(_uniform_grid(stats, spec))
         else:
             grid = list(_codebook_grid(stats, candidates(family, spec.bits)))
+        span = max(stats.high, 0.0) - min(stats.low, 0.0)
+        gap = span / (2**spec.bits - 1) / len(_SHARES) if family == "uniform" else span / TOP / len(_PEAKS)
         ranked = sorted((local_error(stats, qparams), i) for i, qparams in enumerate(grid))
-        shortlist += [(score, len(shortlist) + n, grid[i]) for n, (score, i) in enumerate(ranked[:_SHORTLIST])]
-    grid = [qparams for _, _, qparams in sorted(shortlist, key=lambda entry: entry[:2])[:_SHORTLIST]]
-    entries = [(_scale(qparams), qparams) for qparams in grid]
-    scale, chosen = progressive_search(
-        entries,
-        lambda scale, qparams: error(with_scale(qparams, scale)),
-        gap=(max(stats.high, 0.0) - min(stats.low, 0.0)) / (2**spec.bits - 1) / len(_SHARES),
-        incumbents=[(_scale(qparams), qparams) for qparams in incumbents],
-        width=4,
-        candidates=16,
-        steps=4,
-    )
-    return with_scale(chosen, scale)
+        scale, chosen = progressive_search(
+            [(_scale(grid[i]), grid[i]) for _, i in ranked[:_SHORTLIST]],
+            lambda scale, qparams: error(with_scale(qparams, scale)),
+            gap=gap,
+            incumbents=[(_scale(qparams), qparams) for qparams in incumbents],
+            width=3,
+            candidates=12,
+            steps=4,
+        )
+        found.append(with_scale(chosen, scale))
+    return found[0] if len(found) == 1 else min(found, key=error)
 
 
 def with_scale(qparams: OperandQParams, scale: float) -> OperandQParams:
