@@ -30,10 +30,22 @@ def search_attention_operand(
         product_error: from an error of the operand to the squared error of the product, summed over its last two axes:
             ``(images, ..., heads)``.
         spec: granularity ``head`` or ``tensor``.
-        incumbents: what range searches choose; at least one, whose zero point and codes the result takes. None of them
-            is better than the result in any head.
+        incumbents: what range searches choose; at least one. The result has a zero point that one of them has. None of
+            them is better than the result, and in no head one of the same zero point.
     """
-    per_head, form = spec.granularity == "head", incumbents[0]
+    zero_points = dict.fromkeys(entry.zero_point for entry in incumbents)
+    results = []
+    for zero_point in zero_points:
+        same = [entry for entry in incumbents if entry.zero_point == zero_point]
+        results.append(_search_scales(operand, product_error, spec.granularity == "head", same))
+    return min(results, key=lambda entry: entry[0])[1]
+
+
+def _search_scales(
+    operand: Tensor, product_error: Callable[[Tensor], Tensor], per_head: bool, incumbents: Sequence[UniformQParams]
+) -> tuple[float, UniformQParams]:
+    """Return the least error and its format; the incumbents have one zero point."""
+    form = incumbents[0]
     heads = operand.shape[-3] if per_head else 1
     shape = (heads, 1, 1) if per_head else (1, 1, 1)
 
@@ -53,4 +65,4 @@ def search_attention_operand(
         torch.tensor(entry.scale, dtype=torch.float64, device=operand.device).expand(heads) for entry in incumbents
     ]
     chosen = progressive_search_groups(grid, errors, incumbents=known).to(torch.float32)
-    return dataclasses.replace(form, scale=tuple(float(s) for s in chosen))
+    return float(errors(chosen).sum()), dataclasses.replace(form, scale=tuple(float(s) for s in chosen))

@@ -1,8 +1,9 @@
 """Searches of an operand's format by the error at the result of the operation that reads it.
 
-Two steps. The histogram scores every format that a spec allows, cheaply; the best few of them, and what the range
-searches choose, are then scored by the error that their quantization brings to the result, on sampled rows, and refined
-by :mod:`calibration.search.progressive`. So no range search is better than the outcome on that error.
+Two steps for each family of formats. The histogram scores all that the spec allows, cheaply; the best few of them, and
+what the range searches choose, are then scored by the error that their quantization brings to the result, on sampled
+rows, and refined by :mod:`calibration.search.progressive`. So neither a range search nor a family alone is better than
+the outcome on that error.
 """
 
 from __future__ import annotations
@@ -11,19 +12,20 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from calibration.search.progressive import progressive_search
 from calibration.search.ranges import histogram_error, search_activation
 from calibration.statistics import Histogram
-from quantizers.codebook import Codebook, CodebookQParams, codebook_qparams, fake_quantize_codebook, thresholds
+from quantizers.codebook import TOP, Codebook, CodebookQParams, codebook_qparams, fake_quantize_codebook, thresholds
 from quantizers.families import candidates
 from quantizers.spec import RANGE_SEARCHES, QuantSpec
 from quantizers.uniform import UniformQParams, bounds, fake_quantize
 
 #: Formats that go from the histogram's ranking to the error at the result.
-_SHORTLIST = 24
+_SHORTLIST = 12
 #: Shares of the full range, and numbers of zero points, of the uniform grid.
 _SHARES = tuple(i / 32 for i in range(4, 33))
 _ZERO_POINTS = 16
@@ -76,28 +78,29 @@ def search_operand(stats: Histogram, spec: QuantSpec, error: Error, formats: Seq
     Returns:
         The format with the least error.
     """
-    shortlist: list[tuple[float, int, OperandQParams]] = []
-    incumbents: list[OperandQParams] = []
+    found: list[OperandQParams] = []
+    # Each family for itself: in a common shortlist one would crowd out another that is better once it is refined.
     for family in formats:
+        incumbents: list[OperandQParams] = []
         if family == "uniform":
-            incumbents += [search_activation(stats, dataclasses.replace(spec, search=s)) for s in RANGE_SEARCHES]
+            incumbents = [search_activation(stats, dataclasses.replace(spec, search=s)) for s in RANGE_SEARCHES]
             grid: list[OperandQParams] = list(_uniform_grid(stats, spec))
         else:
             grid = list(_codebook_grid(stats, candidates(family, spec.bits)))
+        span = max(stats.high, 0.0) - min(stats.low, 0.0)
+        gap = span / (2**spec.bits - 1) / len(_SHARES) if family == "uniform" else span / TOP / len(_PEAKS)
         ranked = sorted((local_error(stats, qparams), i) for i, qparams in enumerate(grid))
-        shortlist += [(score, len(shortlist) + n, grid[i]) for n, (score, i) in enumerate(ranked[:_SHORTLIST])]
-    grid = [qparams for _, _, qparams in sorted(shortlist, key=lambda entry: entry[:2])[:_SHORTLIST]]
-    entries = [(_scale(qparams), qparams) for qparams in grid]
-    scale, chosen = progressive_search(
-        entries,
-        lambda scale, qparams: error(with_scale(qparams, scale)),
-        gap=(max(stats.high, 0.0) - min(stats.low, 0.0)) / (2**spec.bits - 1) / len(_SHARES),
-        incumbents=[(_scale(qparams), qparams) for qparams in incumbents],
-        width=4,
-        candidates=16,
-        steps=4,
-    )
-    return with_scale(chosen, scale)
+        scale, chosen = progressive_search(
+            [(_scale(grid[i]), grid[i]) for _, i in ranked[:_SHORTLIST]],
+            lambda scale, qparams: error(with_scale(qparams, scale)),
+            gap=gap,
+            incumbents=[(_scale(qparams), qparams) for qparams in incumbents],
+            width=3,
+            candidates=12,
+            steps=4,
+        )
+        found.append(with_scale(chosen, scale))
+    return found[0] if len(found) == 1 else min(found, key=error)
 
 
 def with_scale(qparams: OperandQParams, scale: float) -> OperandQParams:
@@ -132,8 +135,7 @@ def _uniform_grid(stats: Histogram, spec: QuantSpec) -> Sequence[UniformQParams]
     if high - low < _SMALLEST_RANGE:
         return [search_activation(stats, dataclasses.replace(spec, search="minmax"))]
     if spec.symmetric:
-        steps = [float(np.float32(share * max(-low, high) / qmax)) for share in _SHARES]
-        return [UniformQParams((step,), 0, qmin, qmax) for step in steps]
+        return [UniformQParams((float(np.float32(share * max(-low, high) / qmax)),), 0, qmin, qmax) for share in _SHARES]
     count = qmax - qmin
     zero_points = sorted({qmin + round(count * i / (_ZERO_POINTS - 1)) for i in range(_ZERO_POINTS)})
     scales = [float(np.float32(share * (high - low) / count)) for share in _SHARES]
@@ -143,8 +145,7 @@ def _uniform_grid(stats: Histogram, spec: QuantSpec) -> Sequence[UniformQParams]
 def _codebook_grid(stats: Histogram, codebooks: Sequence[Codebook]) -> Sequence[CodebookQParams]:
     """Return codebooks that begin at the lowest value, and codebooks that begin at zero.
 
-    Beginning at the lowest value is AdaLog's shift after GELU (arXiv 2407.12951, section 3.3), whose lowest value is
-    -0.17.
+    Beginning at the lowest value is AdaLog's shift after GELU (arXiv 2407.12951, section 3.3), whose lowest value is -0.17.
     """
     low, high = min(stats.low, 0.0), max(stats.high, 0.0)
     if high - low < _SMALLEST_RANGE:
