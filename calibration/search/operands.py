@@ -135,7 +135,9 @@ def _uniform_grid(stats: Histogram, spec: QuantSpec) -> Sequence[UniformQParams]
     if high - low < _SMALLEST_RANGE:
         return [search_activation(stats, dataclasses.replace(spec, search="minmax"))]
     if spec.symmetric:
-        return [UniformQParams((float(np.float32(share * max(-low, high) / qmax)),), 0, qmin, qmax) for share in _SHARES]
+        return [
+            UniformQParams((float(np.float32(share * max(-low, high) / qmax)),), 0, qmin, qmax) for share in _SHARES
+        ]
     count = qmax - qmin
     zero_points = sorted({qmin + round(count * i / (_ZERO_POINTS - 1)) for i in range(_ZERO_POINTS)})
     scales = [float(np.float32(share * (high - low) / count)) for share in _SHARES]
