@@ -97,7 +97,7 @@ def calibrate(
         for index, operation in enumerate(graph.operations):
             known = store.load(index, operation.name) if store is not None else None
             made = decider.apply(operation, known) if known is not None else decider.decide(operation)
-            if store is not None and known is None and made.any():
+            if store is not None and known is None:
                 store.save(index, operation.name, made)
             if progress is not None:
                 progress("calibrate", index + 1, len(graph.operations))

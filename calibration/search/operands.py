@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -147,7 +146,7 @@ def _uniform_grid(stats: Histogram, spec: QuantSpec) -> Sequence[UniformQParams]
 def _codebook_grid(stats: Histogram, codebooks: Sequence[Codebook]) -> Sequence[CodebookQParams]:
     """Return codebooks that begin at the lowest value, and codebooks that begin at zero.
 
-    Beginning at the lowest value is AdaLog's shift after GELU (arXiv 2407.12951, section 3.3), whose lowest value is -0.17.
+    Beginning at the lowest value is AdaLog's shift after GELU (arXiv 2407.12951, section 3.3), which is -0.17 at least.
     """
     low, high = min(stats.low, 0.0), max(stats.high, 0.0)
     if high - low < _SMALLEST_RANGE:
