@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +16,13 @@ Key = tuple[str, str, int]
 
 #: Bytes that activations may take in memory where the user says nothing.
 DEFAULT_MEMORY_LIMIT = 256 << 20
+_PREFIX = "activations-"
+
+
+def remove_left_files(directory: Path) -> None:
+    """Remove the files of a cache that was killed, from a directory that no other run uses."""
+    for left in directory.glob(f"{_PREFIX}*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 class ActivationCache:
@@ -66,7 +74,7 @@ class ActivationCache:
         if self._folder is None:
             if self._parent is not None:
                 self._parent.mkdir(parents=True, exist_ok=True)
-            self._folder = tempfile.TemporaryDirectory(prefix="activations-", dir=self._parent)
+            self._folder = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=self._parent)
         path = Path(self._folder.name) / f"{self._written}.f32"
         self._written += 1
         stored.numpy().tofile(path)

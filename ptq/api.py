@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from calibration.approximation import approximations
-from calibration.cache import DEFAULT_MEMORY_LIMIT
+from calibration.cache import DEFAULT_MEMORY_LIMIT, remove_left_files
 from calibration.calibrated import Calibrated, QParams
 from calibration.engine import Options, Progress, calibrate
 from calibration.graph import execute
@@ -277,6 +277,7 @@ def quantize(
         progress("trace", 1, 1)
     store = None
     if work_dir is not None:
+        remove_left_files(work_dir)
         structure, weights = graph_to_bytes(graph)
         asked = json.dumps([tool_version(), recipe_to_json(chosen)], sort_keys=True).encode()
         store = ProgressStore(work_dir, hashlib.sha256(structure + weights + asked).hexdigest())
