@@ -40,8 +40,9 @@ $(DINOV2_WHEEL): | $(VENV)/.ready
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
 
+# A process for each core, with one thread in torch: threads that share cores wait for each other.
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadscope
 
 # What the tests of the ARM targets need on another machine: a linker, an emulator, and a folder with an ARM Python.
 aarch64: $(SYSROOT)/.ready

@@ -6,10 +6,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-from calibration.rules import Recipe, Rule
 from quantizers.errors import UsageError
 from quantizers.spec import MAX_BITS, MIN_BITS, WIDE_BITS, QuantSpec
+
+if TYPE_CHECKING:
+    from calibration.rules import Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +141,8 @@ def named_recipe(method: str, bits: str) -> Recipe:
     Raises:
         UsageError: an unknown method or impossible bits.
     """
+    from calibration.rules import Recipe, Rule
+
     entry = RECIPES.get(method)
     if entry is None:
         raise UsageError(f"unknown method {method!r}; known methods: {', '.join(RECIPES)}")

@@ -10,7 +10,6 @@ from typing import Any
 
 import click
 
-from calibration.cache import DEFAULT_MEMORY_LIMIT
 from ptq import console
 from ptq.commands.options import DATA_HELP, batch_option, json_option, preprocessing_options
 from ptq.recipes import DEFAULT_METHOD, RECIPES, named_recipe
@@ -21,6 +20,8 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 def _byte_count(_: click.Context, parameter: click.Parameter, text: str | None) -> int:
     if text is None:
+        from calibration.cache import DEFAULT_MEMORY_LIMIT
+
         return DEFAULT_MEMORY_LIMIT
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]*)", text.strip().lower(), re.ASCII)
     unit = None if match is None else _UNITS.get(match[2])

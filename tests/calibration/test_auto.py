@@ -12,7 +12,7 @@ import torch
 from support.models import images, traced
 from torch import Tensor
 
-from calibration import decisions
+from calibration import decisions, layer_weights
 from calibration.engine import calibrate
 from calibration.moments import Moments
 from calibration.search.operands import OperandQParams
@@ -27,7 +27,13 @@ from quantizers.uniform import UniformQParams, fake_quantize
 
 #: Each search of the method as calibration calls it, and what it ended with.
 Calls = dict[str, list[tuple[tuple[Any, ...], Any]]]
-SEARCHES = ("search_operand", "search_attention_operand", "search_probabilities", "search_weight_feedback")
+#: Where each search is called.
+SEARCHES = {
+    "search_operand": decisions,
+    "search_attention_operand": decisions,
+    "search_probabilities": decisions,
+    "search_weight_feedback": layer_weights,
+}
 
 
 @pytest.fixture(scope="module", params=["w8a8", "w4a4", "w3a3"])
@@ -44,8 +50,8 @@ def calls(request: pytest.FixtureRequest) -> Calls:
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in SEARCHES:
-            patch.setattr(decisions, name, recorded(name, getattr(decisions, name)))
+        for name, module in SEARCHES.items():
+            patch.setattr(module, name, recorded(name, getattr(module, name)))
         samples = [(image,) for image in images("ours", 16, seed=1)]
         calibrate(traced("ours"), samples, named_recipe("auto", request.param))
     return seen

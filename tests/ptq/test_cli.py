@@ -145,11 +145,11 @@ def test_export_writes_once(workspace: Path, capsys: pytest.CaptureFixture[str],
 
 
 def test_help_needs_no_heavy_import() -> None:
-    """``ptq --help`` loads neither TVM nor onnx nor onnxruntime."""
+    """``ptq --help`` loads neither torch nor TVM nor onnx nor onnxruntime."""
     code = (
         "import sys\nfrom ptq.cli import main\n"
         "try:\n    main(['--help'])\nexcept SystemExit as stop:\n    assert not stop.code\n"
-        "print([name for name in ('tvm', 'onnx', 'onnxruntime') if name in sys.modules])"
+        "print([name for name in ('torch', 'numpy', 'tvm', 'onnx', 'onnxruntime') if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.endswith("[]\n")
