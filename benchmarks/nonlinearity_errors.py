@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from calibration.approximation import LayerNorm, float_probabilities, probabilities_of, unary_error
-from calibration.search import search_activation
+from calibration.search.ranges import search_activation
 from calibration.statistics import empty, update
 from quantizers.codebook import uniform_codebook
 from quantizers.integer.ivit import CODE_START, PAPER_START

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from calibration.engine import Calibrated, CalibratedSite, QParams
+from calibration.calibrated import Calibrated, CalibratedSite, QParams
 from calibration.graph import UNARY_FUNCTIONS, Graph, Operation
 from calibration.integerize import integerize
 from calibration.integerize.published import SHIFT_GELU_FUNCTIONS
@@ -115,7 +115,9 @@ def _measure(
         found = probabilities_of(codes, source, probabilities)
         step = 1 / probabilities.peak if isinstance(probabilities, RowRelativeQParams) else probabilities.scale
         return step, np.abs(found - float_probabilities(codes, source))
-    targets = sorted(reading_formats(graph, formats, operation.name), key=lambda qparams: qparams.scale)
+    read = reading_formats(graph, formats, operation.name)
+    # Of several steps the finest, where an error shows most.
+    targets = sorted((_finest(qparams) for qparams in read), key=lambda qparams: qparams.scale)
     if not targets:
         return None
     if operation.op == "layer_norm":
@@ -128,6 +130,10 @@ def _measure(
     if function not in SHIFT_GELU_FUNCTIONS:
         return None
     return targets[0].scale[0], unary_error(function, source, targets[0], nonlinear)
+
+
+def _finest(qparams: UniformQParams) -> UniformQParams:
+    return dataclasses.replace(qparams, scale=(min(qparams.scale),))
 
 
 def _probability_format(

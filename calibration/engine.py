@@ -1,77 +1,54 @@
 """calibrate: from a graph, images and a recipe to the parameters of every site.
 
-One pass over the images, float inputs everywhere (parallel calibration). Images are run in micro-batches of
-a fixed size, whatever batches they arrive in, because a matrix product's last bits depend on its size: so the
-result does not depend on the caller's batch size, and the same images give the same bytes.
+Goes through the graph once, an operation at a time, over all images: chooses the formats of what the operation reads,
+corrects its weights where the recipe says so, then runs it and keeps its results in a cache of bounded size. With
+``propagation: quantized`` a second run beside the float one has every format chosen so far, and later layers see what
+earlier ones did to their inputs.
+
+Images are run in micro-batches of a fixed size, whatever batches they arrive in, because a matrix product's last bits
+depend on its size: so the result does not depend on the caller's batch size, and the same images give the same bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from calibration.checkpoint import StatisticsStore
-from calibration.graph import Graph, Operation, check_shapes, execute
+from calibration.cache import DEFAULT_MEMORY_LIMIT, ActivationCache
+from calibration.calibrated import Calibrated, CalibratedSite
+from calibration.decisions import Decider
+from calibration.graph import Graph, check_shapes
+from calibration.progress import ProgressStore
 from calibration.rules import Recipe, assign_specs
-from calibration.search import search_activation, search_weight
-from calibration.sites import OUTPUT, Edge, Site, find_sites
-from calibration.statistics import Histogram, empty, update
-from quantizers.codebook import CodebookQParams, uniform_codebook
+from calibration.sites import find_sites
 from quantizers.errors import DataError, ModelError
-from quantizers.row_relative import RowRelativeQParams
-from quantizers.shiftmax import ShiftmaxQParams
-from quantizers.spec import QuantSpec
-from quantizers.uniform import UniformQParams, qparams_from_range, quantize
 
-QParams = UniformQParams | CodebookQParams | RowRelativeQParams | ShiftmaxQParams
+#: Called with a stage, what is done and what there is to do.
 Progress = Callable[[str, int, int], None]
 
 #: Images run together; fixed, so that the arithmetic is the same for every caller.
 MICRO_BATCH = 8
-#: A bias of this many weight-and-input steps still leaves room for the products in int32.
-_LARGEST_BIAS = 2**30
-#: Largest bias, in steps, of a layer without weights: precise, and no step so small that multipliers vanish.
-_BIAS_OF_DEAD_WEIGHTS = 2**20
-#: Seconds between two saves of the statistics.
-_SAVE_INTERVAL = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class CalibratedSite:
-    """A site with its spec and the parameters that calibration chose."""
-
-    site: Site
-    spec: QuantSpec
-    qparams: QParams
-
-
-@dataclass(frozen=True, eq=False)
-class Calibrated:
-    """A graph whose sites have number formats.
+class Options:
+    """How calibration runs; nothing here changes what it decides.
 
     Args:
-        graph: the float graph.
-        recipe: the recipe as resolved.
-        sites: in execution order.
-        num_images: how many calibration images were seen.
-        fingerprint: SHA-256 over the SHA-256 of each calibration image as the network saw it, in order.
+        memory_limit: bytes of activations held in memory; the rest goes to files.
+        scratch: directory for these files; the system's place for temporary files where None.
+        device: where operations run; a CUDA device where torch has one, else the CPU, where None.
     """
 
-    graph: Graph
-    recipe: Recipe
-    sites: tuple[CalibratedSite, ...]
-    num_images: int
-    fingerprint: str
-
-    def by_edge(self) -> dict[Edge, QParams]:
-        """Return the parameters by edge."""
-        return {edge: entry.qparams for entry in self.sites for edge in entry.site.edges}
+    memory_limit: int = DEFAULT_MEMORY_LIMIT
+    scratch: Path | None = None
+    device: torch.device | None = None
 
 
 def calibrate(
@@ -81,7 +58,8 @@ def calibrate(
     *,
     total: int | None = None,
     progress: Progress | None = None,
-    store: StatisticsStore | None = None,
+    store: ProgressStore | None = None,
+    options: Options | None = None,
 ) -> Calibrated:
     """Choose the parameters of every site.
 
@@ -91,30 +69,44 @@ def calibrate(
         recipe: rules; the first that matches a site gives its spec.
         total: number of images if known, for progress only.
         progress: called with a stage, what is done and what there is to do.
-        store: where to keep statistics, and to go on from what an interrupted run left there.
+        store: where to keep decisions, and to go on from what an interrupted run left there.
+        options: memory, files and device.
 
     Raises:
         RecipeError: the recipe does not fit the graph.
         DataError: no image, an image of another shape, or other images than the interrupted run saw.
         ModelError: NaN or infinity in a weight or an activation, with its site.
     """
+    settings = options or Options()
     sites = find_sites(graph)
     specs = assign_specs(sites, recipe)
     _require_finite_constants(graph)
-    observed = [site for site in sites if _is_observed(graph, site)]
-    stats, count, fingerprint = _observe(graph, observed, images, total, progress, store)
-    qparams: dict[str, QParams] = {}
-    for done, site in enumerate(sites):
-        qparams[site.name] = _choose(graph, site, specs[site.name], stats.get(site.name), recipe.nonlinear)
-        if progress is not None:
-            progress("search ranges", done + 1, len(sites))
-    _fit_weights_to_biases(graph, sites, qparams)
-    entries = tuple(CalibratedSite(site, specs[site.name], qparams[site.name]) for site in sites)
-    return Calibrated(graph, recipe, entries, count, fingerprint)
-
-
-def _is_observed(graph: Graph, site: Site) -> bool:
-    return site.value not in graph.constants and site.kind != "probability"
+    device = settings.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with ActivationCache(settings.memory_limit, settings.scratch) as cache, torch.no_grad():
+        decider = Decider(graph, sites, specs, recipe, cache, device)
+        digests: list[str] = []
+        for batch in _micro_batches(graph, images):
+            digests += [_digest(tuple(column[index] for column in batch)) for index in range(len(batch[0]))]
+            decider.add_images(batch)
+            if progress is not None:
+                progress("read images", len(digests), max(total or 0, len(digests)))
+        if not digests:
+            raise DataError("calibration needs at least one image, got none")
+        if store is not None:
+            store.begin(digests)
+        for index, operation in enumerate(graph.operations):
+            known = store.load(index, operation.name) if store is not None else None
+            made = decider.apply(operation, known) if known is not None else decider.decide(operation)
+            if store is not None and known is None:
+                store.save(index, operation.name, made)
+            if progress is not None:
+                progress("calibrate", index + 1, len(graph.operations))
+        decider.decide_outputs()
+    entries = tuple(CalibratedSite(site, specs[site.name], decider.formats[site.name]) for site in sites)
+    fingerprint = hashlib.sha256("".join(digests).encode()).hexdigest()
+    return Calibrated(
+        decider.network(), recipe, entries, len(digests), fingerprint, decider.float_constants(), tuple(decider.notes)
+    )
 
 
 def _require_finite_constants(graph: Graph) -> None:
@@ -123,67 +115,6 @@ def _require_finite_constants(graph: Graph) -> None:
             raise ModelError(
                 f"weight {name} holds NaN or infinity; the checkpoint is damaged or was trained to overflow"
             )
-
-
-def _observe(
-    graph: Graph,
-    sites: Sequence[Site],
-    images: Iterable[tuple[Tensor, ...]],
-    total: int | None,
-    progress: Progress | None,
-    store: StatisticsStore | None,
-) -> tuple[dict[str, Histogram], int, str]:
-    first_edges = {site.edges[0]: site for site in sites}
-    restored = store.load() if store is not None else None
-    stats, known = restored if restored is not None else ({site.name: empty() for site in sites}, [])
-    digests: list[str] = []
-
-    def require_finite(where: str, value: Tensor) -> None:
-        if not bool(torch.isfinite(value).all()):
-            raise ModelError(
-                f"NaN or infinity at {where} while calibrating images {len(digests) - len(value)} "
-                f"to {len(digests) - 1}; check the preprocessing and run the model in float32"
-            )
-
-    def observe(site: Site, value: Tensor) -> None:
-        require_finite(f"site {site.name}", value)
-        stats[site.name] = update(stats[site.name], value)
-
-    def on_edge(operation: Operation, position: int, value: Tensor) -> Tensor:
-        site = first_edges.get((operation.name, position))
-        if site is not None:
-            observe(site, value)
-        return value
-
-    saved = time.monotonic()
-    with torch.no_grad():
-        for batch in _micro_batches(graph, images):
-            digests += [_digest(tuple(column[index] for column in batch)) for index in range(len(batch[0]))]
-            if len(digests) <= len(known):
-                continue
-            if known and digests[: len(known)] != known:
-                raise DataError("the images differ from those of the interrupted run; start without resume")
-            if store is not None and len(batch[0]) < MICRO_BATCH:
-                # What is kept never covers a part of a micro-batch: a longer run fills it with more images.
-                store.save(stats, digests[: -len(batch[0])])
-            results = execute(graph, batch, on_edge)
-            for index, result in enumerate(results):
-                # An output that is an accumulator is not observed, but what it holds matters as much.
-                require_finite(f"output {graph.outputs[index][0]}", result)
-                if (OUTPUT, index) in first_edges:
-                    observe(first_edges[OUTPUT, index], result)
-            if store is not None and time.monotonic() - saved > _SAVE_INTERVAL:
-                store.save(stats, digests)
-                saved = time.monotonic()
-            if progress is not None:
-                progress("observe activations", len(digests), max(total or 0, len(digests)))
-    if not digests:
-        raise DataError("calibration needs at least one image, got none")
-    if digests[: len(known)] != known:
-        raise DataError("the images differ from those of the interrupted run; start without resume")
-    if store is not None and len(digests) % MICRO_BATCH == 0:
-        store.save(stats, digests)
-    return stats, len(digests), hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _digest(sample: tuple[Tensor, ...]) -> str:
@@ -206,46 +137,3 @@ def _micro_batches(graph: Graph, images: Iterable[tuple[Tensor, ...]]) -> Iterat
             pending = []
     if pending:
         yield tuple(torch.stack(column) for column in zip(*pending, strict=True))
-
-
-def _choose(graph: Graph, site: Site, spec: QuantSpec, stats: Histogram | None, nonlinear: str) -> QParams:
-    if site.kind == "probability":
-        if nonlinear == "published":
-            return ShiftmaxQParams(spec.bits)
-        return RowRelativeQParams(uniform_codebook(spec.bits))
-    if stats is not None:
-        return search_activation(stats, spec)
-    constant = graph.constants[site.value]
-    if site.kind == "weight":
-        return search_weight(constant, spec)
-    return qparams_from_range(float(constant.min()), float(constant.max()), spec)
-
-
-def _fit_weights_to_biases(graph: Graph, sites: Sequence[Site], qparams: dict[str, QParams]) -> None:
-    """Make steps of input times weight, in which a bias is held as int32, large enough and small enough for it.
-
-    Too small a step would overflow: it is raised. A channel whose weights are all zero has no step of its own
-    and its scale of 1 would round the bias away: it gets the largest step of the other channels.
-    """
-    producers = graph.producers()
-    by_edge: Mapping[Edge, str] = {edge: site.name for site in sites for edge in site.edges}
-    for site in sites:
-        if site.kind != "weight":
-            continue
-        weight = qparams[site.name]
-        assert isinstance(weight, UniformQParams)
-        # The largest bias of each channel, in steps of the input.
-        bias = np.zeros(len(weight.scale))
-        for operation, _ in site.edges:
-            source = qparams[by_edge[operation, 0]]
-            assert isinstance(source, UniformQParams)
-            offset = graph.constants[producers[operation].inputs[2]].abs().numpy().astype(np.float64)
-            bias = np.maximum(bias, offset / source.scale[0])
-        dead = (quantize(graph.constants[site.value], weight) == 0).reshape(len(bias), -1).all(1).numpy()
-        scale = weight.scales()
-        if not dead.all():
-            scale = np.where(dead, scale[~dead].max(), scale)
-        elif bias.any():
-            scale = np.full_like(scale, bias.max() / _BIAS_OF_DEAD_WEIGHTS)
-        scale = np.maximum(scale, bias / _LARGEST_BIAS).astype(np.float32)
-        qparams[site.name] = UniformQParams(tuple(float(s) for s in scale), 0, weight.qmin, weight.qmax)

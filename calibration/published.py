@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibration.engine import QParams
+from calibration.calibrated import QParams
 from calibration.graph import EXECUTORS, VIEWS, Executor, Graph, Operation
+from calibration.heads import rescaled
+from calibration.integerize.operands import OperandQParams
 from calibration.integerize.published import SHIFT_GELU_FUNCTIONS, i_layer_norm_constants
-from calibration.integerize.shared_requantize import rescaled
 from calibration.sites import OUTPUT, Edge
+from quantizers.codebook import CodebookQParams
 from quantizers.integer import ivit
 from quantizers.integer.interpret_ivit import normalize, shift_gelu, shiftmax
 from quantizers.uniform import UniformQParams
@@ -26,10 +28,13 @@ PUBLISHED_OPERATORS = ("softmax", "unary", "layer_norm", "add")
 
 
 def reading_formats(graph: Graph, formats: Mapping[Edge, QParams], value: str) -> set[UniformQParams]:
-    """Return the formats in which a value is read, behind views, scalings and concatenations, as it has them itself."""
+    """Return the formats in which a value is read, behind views, scalings and concatenations, as it has them itself.
+
+    Where a codebook is read, this is its carrier: the format that the value is rounded to first.
+    """
     consumers = graph.consumers()
 
-    def read(name: str) -> set[UniformQParams]:
+    def read(name: str) -> set[OperandQParams]:
         found = {formats[OUTPUT, i] for i, (_, v) in enumerate(graph.outputs) if v == name and (OUTPUT, i) in formats}
         for reader, position in consumers.get(name, []):
             if reader.op in VIEWS or reader.op == "concat":
@@ -38,9 +43,9 @@ def reading_formats(graph: Graph, formats: Mapping[Edge, QParams], value: str) -
                 found |= {rescaled(qparams, 1 / reader.real("factor")) for qparams in read(reader.name)}
             elif (reader.name, position) in formats:
                 found.add(formats[reader.name, position])
-        return {qparams for qparams in found if isinstance(qparams, UniformQParams)}
+        return {qparams for qparams in found if isinstance(qparams, UniformQParams | CodebookQParams)}
 
-    return read(value)
+    return {qparams.carrier if isinstance(qparams, CodebookQParams) else qparams for qparams in read(value)}
 
 
 def published_executors(graph: Graph, formats: Mapping[Edge, QParams]) -> Mapping[str, Executor]:
@@ -51,7 +56,7 @@ def published_executors(graph: Graph, formats: Mapping[Edge, QParams]) -> Mappin
         formats: by edge; the inputs of these operators are fake-quantized in them before they are called.
     """
     steps = {
-        operation.name: {qparams.scale[0] for qparams in reading_formats(graph, formats, operation.name)}
+        operation.name: {s for qparams in reading_formats(graph, formats, operation.name) for s in qparams.scale}
         for operation in graph.operations
         if operation.op == "add"
     }

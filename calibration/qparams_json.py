@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from calibration.engine import QParams
+from calibration.calibrated import QParams
 from quantizers.codebook import Codebook, CodebookQParams, uniform_codebook
 from quantizers.errors import ArtifactError, UsageError
 from quantizers.row_relative import RowRelativeQParams
@@ -22,8 +22,18 @@ _NAMES: dict[type[QParams], str] = {
 
 
 def format_name(qparams: QParams) -> str:
-    """Return the name of a number format as artifacts and reports spell it."""
+    """Return the name of a number format as artifacts spell it: one for each kind of parameters."""
     return _NAMES[type(qparams)]
+
+
+def format_label(qparams: QParams) -> str:
+    """Return the name of a number format as people read it: with its codebook, such as ``adalog(q=20)``."""
+    if isinstance(qparams, CodebookQParams):
+        return qparams.codebook.name
+    name = format_name(qparams)
+    if isinstance(qparams, RowRelativeQParams) and qparams.codebook.family != "uniform":
+        return f"{name} {qparams.codebook.name}"
+    return name
 
 
 def qparams_to_json(qparams: QParams) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 
 from calibration.sites import SITE_KINDS, Site
 from quantizers.errors import RecipeError
@@ -34,8 +35,25 @@ class Rule:
         return fnmatchcase(site.kind, self.kind) and fnmatchcase(site.name, self.name)
 
 
+#: What later layers see during calibration: float activations (parallel), or quantized ones (sequential).
+PROPAGATIONS = ("float", "quantized")
+#: Scale that the channels of a LayerNorm's output get in common (RepQ-ViT; DopQ-ViT); ``best``: by measured error.
+LAYER_NORM_SCALES = ("none", "mean", "median", "best")
+#: ``least_squares``: weights and biases that make up for the errors of what they read (ERQ).
+CORRECTIONS = ("none", "least_squares")
 #: Integer forms of softmax, GELU, LayerNorm and residual sums: ours, or those of I-ViT as published.
 NONLINEAR = ("corrected", "published")
+
+
+#: Keys of a recipe that choose one of a few ways, and these.
+CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "nonlinear": NONLINEAR,
+        "propagation": PROPAGATIONS,
+        "layer_norm_scale": LAYER_NORM_SCALES,
+        "correction": CORRECTIONS,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,24 +64,48 @@ class Recipe:
         name: for people.
         rules: the first that matches a site gives its spec.
         nonlinear: a member of :data:`NONLINEAR`; the simulation uses the same forms as the integer program.
+        propagation: a member of :data:`PROPAGATIONS`.
+        layer_norm_scale: a member of :data:`LAYER_NORM_SCALES`.
+        centring: whether keys and values are moved to the middle of their ranges, see :mod:`calibration.reparam`.
+        correction: a member of :data:`CORRECTIONS`.
 
     Raises:
-        RecipeError: unknown forms.
+        RecipeError: an unknown choice, or published forms in a quantized run.
     """
 
     name: str
     rules: tuple[Rule, ...]
     nonlinear: str = NONLINEAR[0]
+    propagation: str = PROPAGATIONS[0]
+    layer_norm_scale: str = LAYER_NORM_SCALES[0]
+    centring: bool = False
+    correction: str = CORRECTIONS[0]
 
     def __post_init__(self) -> None:
-        if self.nonlinear not in NONLINEAR:
+        for key, known in CHOICES.items():
+            value = getattr(self, key)
+            if value not in known:
+                raise RecipeError(f"recipe {self.name}: {key} is {value!r}, expected one of {', '.join(known)}")
+        if self.nonlinear == "published" and self.propagation == "quantized":
             raise RecipeError(
-                f"recipe {self.name}: nonlinear is {self.nonlinear!r}, expected one of {', '.join(NONLINEAR)}"
+                f"recipe {self.name}: the published forms are calibrated on float activations; "
+                "say 'propagation: float' or 'nonlinear: corrected'"
             )
 
 
 #: Widths that the integer operators read at each kind; everything else is a mistake in a recipe.
 _WIDE_KINDS = frozenset({"residual", "constant", "output"})
+#: Operands of products, which read any levels.
+_CODEBOOK_KINDS = frozenset(
+    {
+        *("linear_input", "activation_output", "probability", "query", "key", "value"),
+        *("matmul_left", "matmul_right", "multiply_input"),
+    }
+)
+#: Granularities that the integer operators have at each kind; everything else has one scale for a tensor.
+_GRANULARITIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"weight": ("channel",), **dict.fromkeys(("query", "key", "value"), ("tensor", "head"))}
+)
 
 
 def assign_specs(sites: Sequence[Site], recipe: Recipe) -> dict[str, QuantSpec]:
@@ -93,15 +135,20 @@ def assign_specs(sites: Sequence[Site], recipe: Recipe) -> dict[str, QuantSpec]:
 
 def _require_possible(recipe: Recipe, site: Site, spec: QuantSpec) -> None:
     where = f"recipe {recipe.name}: site {site.name} ({site.kind})"
-    if (spec.granularity == "channel") != (site.kind == "weight"):
-        expected = "channel" if site.kind == "weight" else "tensor"
-        raise RecipeError(f"{where} needs granularity {expected!r}, the rule says {spec.granularity!r}")
+    granularities = _GRANULARITIES.get(site.kind, ("tensor",))
+    if spec.granularity not in granularities:
+        expected = " or ".join(map(repr, granularities))
+        raise RecipeError(f"{where} needs granularity {expected}, the rule says {spec.granularity!r}")
     if site.kind == "weight" and not spec.symmetric:
         raise RecipeError(f"{where} needs symmetric weights; the integer kernels have no row sums of activations")
     if site.kind == "probability" and recipe.nonlinear == "published":
         if spec.bits not in SHIFTMAX_BITS:
             raise RecipeError(f"{where} has 8 or 16 bits in its published form, the rule says {spec.bits}")
         return
+    if spec.search == "feedback" and site.kind != "weight":
+        raise RecipeError(f"{where} is no weight; only weights have the search 'feedback'")
+    if spec.format != "uniform" and site.kind not in _CODEBOOK_KINDS:
+        raise RecipeError(f"{where} is uniform; the rule says {spec.format!r}")
     if spec.bits > 8 and site.kind not in _WIDE_KINDS:
         raise RecipeError(f"{where} can have 2 to 8 bits, the rule says {spec.bits}")
 

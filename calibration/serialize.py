@@ -1,4 +1,4 @@
-"""A Calibrated as two files: ``model.json`` (graph, recipe, sites) and ``model.safetensors`` (float weights).
+"""A Calibrated as two files: ``model.json`` (graph, recipe, sites), ``model.safetensors`` (weights, float ones too).
 
 The same object gives the same bytes, and reading them gives back an equal one.
 """
@@ -14,7 +14,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from calibration.engine import Calibrated, CalibratedSite
+from calibration.calibrated import Calibrated, CalibratedSite
 from calibration.graph import Attribute, Graph, Operation
 from calibration.qparams_json import format_name, qparams_from_json, qparams_to_json
 from calibration.rules import Recipe, Rule
@@ -22,8 +22,10 @@ from calibration.sites import Site
 from quantizers.errors import ArtifactError
 from quantizers.spec import QuantSpec
 
-FORMAT_VERSION = 1
-_KEYS = {"format_version", "graph", "recipe", "sites", "num_images", "fingerprint"}
+FORMAT_VERSION = 2
+_KEYS = {"format_version", "graph", "recipe", "sites", "num_images", "fingerprint", "notes"}
+#: Before the names of float values that rewrites and corrections replaced.
+_FLOAT = "float/"
 
 
 def calibrated_to_bytes(calibrated: Calibrated) -> tuple[bytes, bytes]:
@@ -43,8 +45,10 @@ def calibrated_to_bytes(calibrated: Calibrated) -> tuple[bytes, bytes]:
         ],
         "num_images": calibrated.num_images,
         "fingerprint": calibrated.fingerprint,
+        "notes": list(calibrated.notes),
     }
-    return _dump(structure), tensors_to_bytes(calibrated.graph.constants)
+    replaced = {_FLOAT + name: tensor for name, tensor in calibrated.float_constants.items()}
+    return _dump(structure), tensors_to_bytes({**calibrated.graph.constants, **replaced})
 
 
 def calibrated_from_bytes(structure: bytes, tensors: bytes) -> Calibrated:
@@ -65,6 +69,7 @@ def calibrated_from_bytes(structure: bytes, tensors: bytes) -> Calibrated:
         raise ArtifactError(
             f"model.json has format version {document['format_version']}, this version reads {FORMAT_VERSION}"
         )
+    floats = {name.removeprefix(_FLOAT): constants.pop(name) for name in list(constants) if name.startswith(_FLOAT)}
     try:
         return Calibrated(
             graph=_graph_from_json(document["graph"], constants),
@@ -72,6 +77,8 @@ def calibrated_from_bytes(structure: bytes, tensors: bytes) -> Calibrated:
             sites=tuple(_site_from_json(entry) for entry in document["sites"]),
             num_images=document["num_images"],
             fingerprint=document["fingerprint"],
+            float_constants=floats,
+            notes=tuple(document["notes"]),
         )
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"model.json: wrong or missing entry {error}; quantize the model again") from error
@@ -89,15 +96,13 @@ def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
 
 def recipe_to_json(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe as plain lists and mappings."""
-    rules = [dataclasses.asdict(rule) for rule in recipe.rules]
-    return {"name": recipe.name, "nonlinear": recipe.nonlinear, "rules": rules}
+    return dataclasses.asdict(recipe)
 
 
 def recipe_from_json(document: Mapping[str, Any]) -> Recipe:
     """Rebuild a recipe that :func:`recipe_to_json` wrote."""
     rules = tuple(Rule(**{**rule, "spec": QuantSpec(**rule["spec"])}) for rule in document["rules"])
-    # Artifacts of before the published forms have none of them.
-    return Recipe(document["name"], rules, document.get("nonlinear", "corrected"))
+    return Recipe(**{**document, "rules": rules})
 
 
 def _dump(document: Mapping[str, Any]) -> bytes:

@@ -10,14 +10,11 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from calibration.engine import Calibrated, QParams
+from calibration.apply import apply
+from calibration.calibrated import Calibrated
 from calibration.graph import Operation, execute
 from calibration.published import PUBLISHED_OPERATORS, published_executors
 from calibration.sites import OUTPUT
-from quantizers.codebook import CodebookQParams, fake_quantize_codebook
-from quantizers.row_relative import RowRelativeQParams, fake_quantize_rows
-from quantizers.shiftmax import ShiftmaxQParams, cut_off
-from quantizers.uniform import fake_quantize
 
 
 @torch.no_grad()
@@ -58,14 +55,3 @@ def simulate(
         apply(formats[OUTPUT, index], result) if (OUTPUT, index) in formats else result
         for index, result in enumerate(results)
     )
-
-
-def apply(qparams: QParams, value: Tensor) -> Tensor:
-    """Fake-quantize a tensor in its format."""
-    if isinstance(qparams, RowRelativeQParams):
-        return fake_quantize_rows(value, qparams)
-    if isinstance(qparams, ShiftmaxQParams):
-        return cut_off(value, qparams)
-    if isinstance(qparams, CodebookQParams):
-        return fake_quantize_codebook(value, qparams)
-    return fake_quantize(value, qparams)

@@ -23,6 +23,7 @@ SITE_KINDS: Mapping[str, str] = MappingProxyType(
         "image": "the network's input",
         "weight": "weight of a linear or convolution",
         "linear_input": "input of a linear or convolution",
+        "activation_output": "input of a linear or convolution that GELU or another elementwise function makes",
         "query": "queries of an attention product",
         "key": "keys of an attention product",
         "scores": "input of a softmax",
@@ -162,7 +163,7 @@ def _classify(structure: Structure, operation: Operation, position: int) -> tupl
         case "linear" | "conv2d":
             if position == 0:
                 # An image may be scaled inside the model; nothing else has no operation behind it.
-                return ("image" if structure.root(value) is None else "linear_input"), "input"
+                return _layer_input(structure, value), "input"
             return ("weight", "weight") if position == 1 else None
         case "matmul":
             return _matmul_operand(structure, operation, position)
@@ -185,6 +186,13 @@ def _classify(structure: Structure, operation: Operation, position: int) -> tupl
                 return "constant", "constant"
             return None if structure.is_accumulator(value) else ("residual", "residual")
     return None
+
+
+def _layer_input(structure: Structure, value: str) -> str:
+    root = structure.root(value)
+    if root is None:
+        return "image"
+    return "activation_output" if root.op == "unary" else "linear_input"
 
 
 def _matmul_operand(structure: Structure, operation: Operation, position: int) -> tuple[str, str]:

@@ -42,6 +42,12 @@ class Histogram:
         middles: npt.NDArray[np.float64] = np.arange(2 * _HALF, dtype=np.float64) - (_HALF - 0.5)
         return middles * width
 
+    def filled(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Return the middles and the counts of the bins that hold values."""
+        counts = self.counts.numpy()
+        held = counts > 0
+        return self.centers()[held], counts[held].astype(np.float64)
+
 
 def empty() -> Histogram:
     """Return the statistics of no value."""
@@ -51,6 +57,7 @@ def empty() -> Histogram:
 def update(stats: Histogram, values: Tensor) -> Histogram:
     """Return statistics that include float32 values of any shape, all finite."""
     low, high = (float(v) for v in values.aminmax())
+    held = values.to("cpu")
     peak = max(-low, high)
     exponent = stats.exponent
     if peak > 0:
@@ -60,7 +67,7 @@ def update(stats: Histogram, values: Tensor) -> Histogram:
         exponent = needed if exponent is None else max(exponent, needed)
     counts = _coarsen(stats.counts, (exponent or 0) - (stats.exponent if stats.exponent is not None else exponent or 0))
     # In float32 the quotient of a tiny negative value could underflow to zero, which lies in the next bin.
-    index = (values.reshape(-1).to(torch.float64) * 2.0 ** -(exponent or 0)).floor().to(torch.int64) + _HALF
+    index = (held.reshape(-1).to(torch.float64) * 2.0 ** -(exponent or 0)).floor().to(torch.int64) + _HALF
     counts = counts + torch.bincount(index, minlength=2 * _HALF)
     return Histogram(stats.count + values.numel(), min(stats.low, low), max(stats.high, high), exponent, counts)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from calibration.approximation import approximations
-from calibration.checkpoint import StatisticsStore
-from calibration.engine import Calibrated, Progress, calibrate
+from calibration.cache import DEFAULT_MEMORY_LIMIT, remove_left_files
+from calibration.calibrated import Calibrated, QParams
+from calibration.engine import Options, Progress, calibrate
 from calibration.graph import execute
 from calibration.integerize import integerize
 from calibration.integerize.forms import require_integer_forms
-from calibration.qparams_json import format_name
+from calibration.progress import ProgressStore
+from calibration.qparams_json import format_label, format_name
 from calibration.rules import Recipe
 from calibration.serialize import (
     calibrated_from_bytes,
@@ -38,7 +41,7 @@ from calibration.trace import trace
 from ptq.artifact import read_artifact, write_artifact
 from ptq.data import iterate_images
 from ptq.preprocessing import Preprocessing
-from ptq.recipes import named_recipe
+from ptq.recipes import DEFAULT_METHOD, named_recipe
 from ptq.sources.weights import hash_weights
 from ptq.version import tool_version
 from quantizers.errors import DataError
@@ -82,7 +85,7 @@ class Quantized:
     def float(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Run the float graph, without any quantization; shapes as in :meth:`__call__`."""
         with torch.no_grad():
-            return _single(execute(self.calibrated.graph, inputs))
+            return _single(execute(self.calibrated.float_graph(), inputs))
 
     def integer(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Interpret the integer program, which defines what every backend computes; shapes as in :meth:`__call__`."""
@@ -153,7 +156,7 @@ class Quantized:
         return {
             "integer_ops": len(self.program.nodes) - len(doors) - len(float_nodes),
             "float_ops": len(float_nodes),
-            "sites": self._sites(),
+            "sites": self._sites(format_label),
             "size_bytes": len(files["program.json"]) + len(files["program.safetensors"]),
             "float_size_bytes": sum(t.numel() * t.element_size() for t in self.calibrated.graph.constants.values()),
             "recipe": recipe_to_json(self.calibrated.recipe),
@@ -186,12 +189,12 @@ class Quantized:
 
     __hash__ = None  # type: ignore[assignment]  # weights have no cheap hash
 
-    def _sites(self) -> list[dict[str, Any]]:
+    def _sites(self, name: Callable[[QParams], str]) -> list[dict[str, Any]]:
         return [
             {
                 "name": entry.site.name,
                 "kind": entry.site.kind,
-                "format": format_name(entry.qparams),
+                "format": name(entry.qparams),
                 "bits": entry.spec.bits,
                 "granularity": "row" if isinstance(entry.qparams, RowRelativeQParams) else entry.spec.granularity,
             }
@@ -205,7 +208,7 @@ class Quantized:
             "tool_version": tool_version(),
             "recipe": recipe_to_json(self.calibrated.recipe),
             "preprocessing": None if self.preprocessing is None else self.preprocessing.to_dict(),
-            "sites": self._sites(),
+            "sites": self._sites(format_name),
             "provenance": self.metadata(),
         }
         return description, {
@@ -220,7 +223,7 @@ def quantize(
     model: nn.Module,
     images: Iterable[Any],
     *,
-    method: str = "mse",
+    method: str = DEFAULT_METHOD,
     bits: str = "w8a8",
     recipe: Recipe | None = None,
     example_inputs: tuple[Tensor, ...] | None = None,
@@ -229,6 +232,7 @@ def quantize(
     total: int | None = None,
     progress: Progress | None = None,
     work_dir: Path | None = None,
+    memory_limit: int = DEFAULT_MEMORY_LIMIT,
 ) -> Quantized:
     """Quantize a model: trace, calibrate, integerize.
 
@@ -245,6 +249,8 @@ def quantize(
         total: number of images if known, for progress only.
         progress: called with a stage, what is done and what there is to do.
         work_dir: where to keep intermediate results; a killed run that is repeated goes on from there.
+        memory_limit: bytes of activations held in memory; what is more goes to files in ``work_dir``, or where the
+            system has its temporary files.
 
     Returns:
         The quantized model.
@@ -271,8 +277,10 @@ def quantize(
         progress("trace", 1, 1)
     store = None
     if work_dir is not None:
+        remove_left_files(work_dir)
         structure, weights = graph_to_bytes(graph)
-        store = StatisticsStore(work_dir, hashlib.sha256(structure + weights).hexdigest())
+        asked = json.dumps([tool_version(), recipe_to_json(chosen)], sort_keys=True).encode()
+        store = ProgressStore(work_dir, hashlib.sha256(structure + weights + asked).hexdigest())
     calibrated = calibrate(
         graph,
         _checked(samples, graph.inputs[0][1]),
@@ -280,6 +288,7 @@ def quantize(
         total=total,
         progress=progress,
         store=store,
+        options=Options(memory_limit, work_dir),
     )
     origin = {"source_weights_sha256": hash_weights(model), **(provenance or {})}
     return Quantized(calibrated, integerize(calibrated), preprocessing, dict(sorted(origin.items())))

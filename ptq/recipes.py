@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-from calibration.rules import NONLINEAR, Recipe, Rule
 from quantizers.errors import UsageError
 from quantizers.spec import MAX_BITS, MIN_BITS, WIDE_BITS, QuantSpec
+
+if TYPE_CHECKING:
+    from calibration.rules import Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,31 +21,98 @@ class RecipeEntry:
 
     Args:
         summary: one line for people.
-        weight_search: range search of weights.
-        activation_search: range search of activations.
-        nonlinear: integer forms of softmax, GELU, LayerNorm and sums.
+        weight: search of weights.
+        activation: search of activations.
+        symmetric: whether activations have zero point 0.
+        attention: granularity of queries, keys and values.
+        probability: format of attention probabilities.
+        activation_output: format of what GELU makes for the next linear.
+        table_input: search of what 256-entry tables read: scores, and inputs of GELU.
+        choices: further keys of a recipe.
     """
 
     summary: str
-    weight_search: str
-    activation_search: str
-    nonlinear: str = NONLINEAR[0]
+    weight: str
+    activation: str
+    symmetric: bool = True
+    attention: str = "tensor"
+    probability: str = "uniform"
+    activation_output: str = "uniform"
+    table_input: str | None = None
+    choices: Mapping[str, str | bool] = field(default_factory=dict)
 
 
 RECIPES: Mapping[str, RecipeEntry] = MappingProxyType(
     {
-        "minmax": RecipeEntry("the full range of what was seen, weights and activations", "minmax", "minmax"),
-        "percentile": RecipeEntry(
-            "activations: the range of 99.99 % of the values; weights: full", "minmax", "percentile"
+        "auto": RecipeEntry(
+            "each site the format, each layer the rewrite and rounding, with the least measured error at its output",
+            weight="feedback",
+            activation="output",
+            symmetric=False,
+            attention="head",
+            probability="any",
+            activation_output="any",
+            choices=MappingProxyType(
+                {
+                    "propagation": "quantized",
+                    "layer_norm_scale": "best",
+                    "centring": True,
+                    "correction": "least_squares",
+                }
+            ),
         ),
-        "mse": RecipeEntry("the range with the least mean squared error, weights and activations", "mse", "mse"),
+        "minmax": RecipeEntry(
+            "the full range of what was seen, weights and activations", weight="minmax", activation="minmax"
+        ),
+        "percentile": RecipeEntry(
+            "activations: the range of 99.99 % of the values; weights: full", weight="minmax", activation="percentile"
+        ),
+        "mse": RecipeEntry(
+            "the range with the least mean squared error, weights and activations", weight="mse", activation="mse"
+        ),
+        "repq": RecipeEntry(
+            "RepQ-ViT: LayerNorm scales folded to their mean, powers of sqrt 2 for attention",
+            weight="output",
+            activation="percentile_mse",
+            symmetric=False,
+            probability="log_sqrt2",
+            choices=MappingProxyType({"propagation": "quantized", "layer_norm_scale": "mean"}),
+        ),
+        "dopq": RecipeEntry(
+            "DopQ-ViT without its gradient stage: LayerNorm scales folded to the median, tangent levels for attention",
+            weight="output",
+            activation="percentile_mse",
+            symmetric=False,
+            probability="tangent",
+            choices=MappingProxyType({"propagation": "quantized", "layer_norm_scale": "median"}),
+        ),
+        "adalog": RecipeEntry(
+            "AdaLog: searched logarithm bases for attention and after GELU, progressive search by layer output",
+            weight="output",
+            activation="output",
+            symmetric=False,
+            attention="head",
+            probability="adalog",
+            activation_output="adalog",
+            choices=MappingProxyType({"layer_norm_scale": "mean"}),
+        ),
+        "ias": RecipeEntry(
+            "I&S-ViT without its gradient stages: shifted uniform logarithm for attention, LayerNorm scales folded",
+            weight="output",
+            activation="percentile_mse",
+            symmetric=False,
+            probability="sulq",
+            choices=MappingProxyType({"propagation": "quantized", "layer_norm_scale": "mean"}),
+        ),
         "ivit": RecipeEntry(
             "the full range, and softmax, GELU, LayerNorm and sums as I-ViT publishes them, without fine-tuning",
-            *("minmax", "minmax", "published"),
+            weight="minmax",
+            activation="minmax",
+            choices=MappingProxyType({"nonlinear": "published"}),
         ),
     }
 )
-DEFAULT_METHOD = "mse"
+DEFAULT_METHOD = "auto"
 
 
 def parse_bits(bits: str) -> tuple[int, int]:
@@ -71,19 +141,25 @@ def named_recipe(method: str, bits: str) -> Recipe:
     Raises:
         UsageError: an unknown method or impossible bits.
     """
+    from calibration.rules import Recipe, Rule
+
     entry = RECIPES.get(method)
     if entry is None:
         raise UsageError(f"unknown method {method!r}; known methods: {', '.join(RECIPES)}")
     weight_bits, activation_bits = parse_bits(bits)
-    weight = QuantSpec(weight_bits, granularity="channel", search=entry.weight_search)
-    wide = QuantSpec(WIDE_BITS)
+    wide, published = QuantSpec(WIDE_BITS), entry.choices.get("nonlinear") == "published"
     # What a table of 256 entries reads stays at 8 bits: narrower codes would save nothing there.
-    table_input = QuantSpec(8, search=entry.activation_search)
-    rules = [Rule(weight, kind="weight")]
+    table_input = QuantSpec(8, search=entry.table_input or entry.activation)
+    activation = QuantSpec(activation_bits, entry.symmetric, search=entry.activation)
+    # Only products read levels, and centred keys and values are symmetric.
+    attention = replace(activation, granularity=entry.attention, symmetric=entry.attention == "head" or entry.symmetric)
+    probability = wide if published else replace(activation, format=entry.probability)
+    rules = [Rule(QuantSpec(weight_bits, granularity="channel", search=entry.weight), kind="weight")]
     rules += [Rule(wide, kind=kind, optional=True) for kind in ("residual", "constant", "output")]
-    if entry.nonlinear == "published":
-        rules += [Rule(wide, kind="probability", optional=True)]
     rules += [Rule(QuantSpec(8), kind="image", optional=True)]
     rules += [Rule(table_input, kind=kind, optional=True) for kind in ("scores", "activation_input")]
-    rules += [Rule(QuantSpec(activation_bits, search=entry.activation_search))]
-    return Recipe(f"{method}-{bits}", tuple(rules), entry.nonlinear)
+    rules += [Rule(attention, kind=kind, optional=True) for kind in ("query", "key", "value")]
+    rules += [Rule(probability, kind="probability", optional=True)]
+    rules += [Rule(replace(activation, format=entry.activation_output), kind="activation_output", optional=True)]
+    rules += [Rule(activation)]
+    return Recipe(f"{method}-{bits}", tuple(rules), **dict(entry.choices))  # type: ignore[arg-type]

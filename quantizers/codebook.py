@@ -28,7 +28,7 @@ from torch import Tensor
 
 from quantizers.errors import DataError, UsageError
 from quantizers.spec import MAX_BITS, MIN_BITS, QuantSpec
-from quantizers.uniform import qparams_from_range
+from quantizers.uniform import UniformQParams, qparams_from_range
 
 #: The largest level of a codebook that is not uniform: one byte without sign.
 TOP = 255
@@ -134,6 +134,15 @@ class CodebookQParams:
         """Type of a level in the program."""
         return "uint8"
 
+    @property
+    def carrier(self) -> UniformQParams:
+        """The 8-bit uniform format in steps of a level, from whose codes a table reads the nearest levels."""
+        return UniformQParams((self.scale,), self.zero_point, 0, TOP)
+
+    def scales(self) -> npt.NDArray[np.float64]:
+        """Return the scale as float64, shape (1,), as uniform formats return theirs."""
+        return np.array([self.scale], np.float64)
+
 
 def check_bits(bits: int) -> None:
     """Refuse a width that a codebook cannot have.
@@ -204,8 +213,22 @@ def encode(values: Tensor, qparams: CodebookQParams) -> Tensor:
             f"{qparams.codebook.name} codes finite values only"
         )
     # The thresholds move, not the values: their sum with a zero point would round small ones away.
-    borders = torch.tensor(thresholds(qparams.codebook), dtype=torch.float64) / 2 - qparams.zero_point
+    borders = torch.tensor(thresholds(qparams.codebook), dtype=torch.float64, device=values.device)
+    borders = borders / 2 - qparams.zero_point
     return torch.bucketize((values.to(torch.float64) / qparams.scale).contiguous(), borders)
+
+
+def levels_of(values: Tensor, qparams: CodebookQParams) -> npt.NDArray[np.uint8]:
+    """Return the nearest level of each value, uint8, same shape: what a program holds for it.
+
+    Args:
+        values: real values, as :func:`encode` takes them.
+        qparams: the format.
+
+    Raises:
+        DataError: infinite values or NaN.
+    """
+    return np.array(qparams.codebook.levels, np.uint8)[encode(values, qparams).numpy()]
 
 
 def decode(codes: Tensor, qparams: CodebookQParams) -> Tensor:
@@ -215,8 +238,8 @@ def decode(codes: Tensor, qparams: CodebookQParams) -> Tensor:
         codes: integers from 0 to ``2^b - 1``, any shape.
         qparams: the format.
     """
-    steps = torch.tensor(qparams.codebook.levels, dtype=torch.float32) - qparams.zero_point
-    return steps[codes.to(torch.int64)] * torch.tensor(qparams.scale, dtype=torch.float32)
+    steps = torch.tensor(qparams.codebook.levels, dtype=torch.float32, device=codes.device) - qparams.zero_point
+    return steps[codes.to(torch.int64)] * torch.tensor(qparams.scale, dtype=torch.float32, device=codes.device)
 
 
 def fake_quantize_codebook(x: Tensor, qparams: CodebookQParams) -> Tensor:
@@ -239,3 +262,8 @@ def nearest_levels(
     """
     passed = np.searchsorted(np.array(thresholds(codebook)), 2 * np.asarray(carrier, np.float64), side="left")
     return np.array(codebook.levels, np.uint8)[passed]
+
+
+def carrier_table(codebook: Codebook) -> npt.NDArray[np.uint8]:
+    """Return the level nearest to each code of the carrier, uint8[256], ties to the lower one."""
+    return nearest_levels(np.arange(TOP + 1), codebook)

@@ -53,3 +53,8 @@ def candidates(family: str, bits: int) -> tuple[Codebook, ...]:
         codebook = build(bits, parameter)
         found.setdefault(codebook.levels, codebook)
     return tuple(found.values())
+
+
+def families_of(format_name: str) -> tuple[str, ...]:
+    """Return the families that a spec's format allows: all of them for ``any``, uniform first."""
+    return tuple(FAMILIES) if format_name == "any" else (format_name,)

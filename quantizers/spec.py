@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 from quantizers.errors import UsageError
 
-SEARCHES = ("minmax", "percentile", "mse")
-GRANULARITIES = ("tensor", "channel")
+#: Searches that look at the values alone.
+RANGE_SEARCHES = ("minmax", "percentile", "mse", "percentile_mse")
+SEARCHES = (*RANGE_SEARCHES, "output", "feedback")
+FORMATS = ("uniform", "log2", "log_sqrt2", "adalog", "tangent", "sulq", "any")
+GRANULARITIES = ("tensor", "channel", "head")
 #: Widths of codes that matrix products and tables read; 16 is the residual stream's.
 MIN_BITS, MAX_BITS, WIDE_BITS = 2, 8, 16
 
@@ -19,9 +22,14 @@ class QuantSpec:
     Args:
         bits: 2 to 8, or 16; a tensor gets exactly ``2^bits`` codes (weights one less, to be symmetric).
         symmetric: zero point 0.
-        granularity: ``tensor``: scale of shape (); ``channel``: weights of shape (N, ...) get scales (N,).
-        search: how the range is found: ``minmax``, ``percentile`` or ``mse``.
+        granularity: ``tensor``: scale of shape (); ``channel``: weights of shape (N, ...) get scales (N,);
+            ``head``: queries, keys and values of shape (..., heads, M, K) get scales (heads,) and one zero point.
+        search: how scale and zero point are found. ``minmax``: the extremes; ``percentile``: the range of that share of
+            the values; ``mse``: the range with the least squared error; ``percentile_mse``: that of three percentiles
+            (RepQ-ViT); ``output``: the least squared error at the result of the operation that reads the tensor;
+            ``feedback``, weights only: as ``output``, with rounding that carries errors on (GPTQ).
         percentile: share of values inside the range, percent; read by ``percentile`` only.
+        format: family of levels, a member of :data:`FORMATS`; ``any``: the one with the least error.
 
     Raises:
         UsageError: a value outside its range.
@@ -32,6 +40,7 @@ class QuantSpec:
     granularity: str = "tensor"
     search: str = "minmax"
     percentile: float = 99.99
+    format: str = "uniform"
 
     def __post_init__(self) -> None:
         if not (MIN_BITS <= self.bits <= MAX_BITS or self.bits == WIDE_BITS):
@@ -40,5 +49,7 @@ class QuantSpec:
             raise UsageError(f"search is {self.search!r}, expected one of {', '.join(SEARCHES)}")
         if self.granularity not in GRANULARITIES:
             raise UsageError(f"granularity is {self.granularity!r}, expected one of {', '.join(GRANULARITIES)}")
+        if self.format not in FORMATS:
+            raise UsageError(f"format is {self.format!r}, expected one of {', '.join(FORMATS)}")
         if not 50 < self.percentile <= 100:
             raise UsageError(f"percentile is {self.percentile}, expected more than 50 and at most 100")

@@ -91,6 +91,13 @@ class Patterns:
         node = self._nodes.get(name)
         return node if node is not None and node.op == op and self._reads[name] == reads else None
 
+    def _byte_lookup(self, node: Node) -> Node | None:
+        """Return the table of bytes that alone reads a node's 8-bit codes, if one does."""
+        reader = self._only_reader(node)
+        if reader is None or reader.op != "lookup":
+            return None
+        return reader if {node.type.dtype, reader.type.dtype} <= set(_BYTES) else None
+
     def _per_column(self, name: str) -> bool:
         return math.prod(self._program.constants[name].shape[:-1]) == 1
 
@@ -108,12 +115,10 @@ class Patterns:
                 return None
             narrow = self._narrow([(bounds, reader.inputs[1])], reader)
             rescale = Rescale(reader, multiplier, narrow)
-            follower = self._only_reader(reader)
-            if follower is not None and follower.op == "lookup" and reader.type.dtype in _BYTES:
-                table = constants[follower.inputs[1]]
-                if table.dtype.name in _BYTES:
-                    epilogue = Epilogue(rescale, table, table.dtype.name)
-                    return FusedLinear(linear, follower, (linear, reader, follower), epilogue, None)
+            follower = self._byte_lookup(reader)
+            if follower is not None:
+                epilogue = Epilogue(rescale, constants[follower.inputs[1]], follower.type.dtype)
+                return FusedLinear(linear, follower, (linear, reader, follower), epilogue, None)
             return FusedLinear(linear, reader, (linear, reader), Epilogue(rescale, None, reader.type.dtype), None)
         if reader.op == "add":
             return self._residual(linear, reader)
@@ -171,7 +176,9 @@ class Patterns:
         ):
             return None
         views = [self._source(name) for name in names]
-        chain = tuple(self._views_of(normalize))
+        lookup = self._byte_lookup(normalize)
+        coded = lookup or normalize
+        chain = tuple(self._views_of(coded))
         while chain and (target := strided_target(chain, normalize.type.shape)) is None:
             chain = chain[:-1]
         target = strided_target(chain, normalize.type.shape)
@@ -179,7 +186,8 @@ class Patterns:
         if target.strides[-1] != 1 and normalize.type.shape[-1] > 1:
             chain, target = (), strided_target((), normalize.type.shape)
             assert target is not None
-        numerator, smallest = normalize.integer("numerator"), self._bounds[total.name].low
+        # The reciprocals of all heads have one type, which the largest decides.
+        numerator, smallest = self._bounds[normalize.inputs[2]].high, self._bounds[total.name].low
         quotient = numerator // smallest
         reach = numerator * -(-self._bounds[product.name].magnitude // self._bounds[total.name].high)
         shift = normalize.integer("shift")
@@ -187,13 +195,15 @@ class Patterns:
             quotient <= _INT32_MAX
             and ((reach + (1 << (shift - 1))) >> shift) + abs(normalize.integer("zero_point")) + 1 <= _INT32_MAX
         )
-        last = chain[-1] if chain else normalize
+        last = chain[-1] if chain else coded
         rule = Attention(
             scores=scores,
             stages=stages,
             table=constants[exponentials.inputs[1]],
             product=product,
             normalize=normalize,
+            numerator=constants[normalize.inputs[2]],
+            levels=None if lookup is None else constants[lookup.inputs[1]],
             narrow_reciprocal=narrow_reciprocal,
             query=views[0][1],
             key=views[1][1],
@@ -203,7 +213,8 @@ class Patterns:
             depth=types[0].shape[-1],
         )
         query, key, value = (name for name, _ in views)
-        return FusedAttention(last, (*inner, *chain), rule, (query, key, value))
+        tail = chain if lookup is None else (lookup, *chain)
+        return FusedAttention(last, (*inner, *tail), rule, (query, key, value))
 
     def _score_stages(self, name: str) -> tuple[Node, tuple[ScoreStage, ...]] | None:
         """Follow codes back to the matmul of queries and keys; return it and the stages in order."""

@@ -8,9 +8,10 @@ from typing import Protocol
 
 import numpy as np
 
-from calibration.engine import QParams
+from calibration.calibrated import QParams
 from calibration.graph import Graph, Operation
 from calibration.integerize.builder import ProgramBuilder
+from calibration.integerize.operands import OperandQParams
 from calibration.integerize.scales import Scales, compress
 from calibration.integerize.shared_requantize import saturation
 from calibration.sites import Edge, Structure
@@ -36,19 +37,22 @@ class Context(Protocol):
     formats: Mapping[Edge, QParams]
     shapes: Mapping[str, tuple[int, ...]]
 
-    def codes(self, value: str, qparams: UniformQParams) -> str:
-        """Return the program value that holds ``value`` in a format."""
+    def codes(self, value: str, qparams: OperandQParams) -> str:
+        """Return the program value that holds ``value`` in a format: codes, or the levels of a codebook."""
 
     def accumulator(self, value: str) -> Accumulator:
         """Return a value as int32 sums with their scale."""
 
     def uniform(self, operation: str, position: int) -> UniformQParams:
-        """Return the uniform format of an operand."""
+        """Return the format of an operand that must be uniform."""
+
+    def operand(self, operation: str, position: int) -> OperandQParams:
+        """Return the format of an operand of a product."""
 
     def product(self, operation: Operation, a: str, zero_a: int, b: str, zero_b: int) -> str:
         """Emit the int32 product of two values, for a matmul of the graph."""
 
-    def once(self, key: tuple[str, UniformQParams], make: Callable[[], str]) -> str:
+    def once(self, key: tuple[str, OperandQParams], make: Callable[[], str]) -> str:
         """Return what ``make`` returned the first time that the key was asked for."""
 
 

@@ -11,13 +11,14 @@ import torch
 from calibration.graph import UNARY_FUNCTIONS, Operation
 from calibration.integerize.context import Context, add_operands
 from calibration.integerize.layer_norm import layer_norm_constants
-from calibration.integerize.scales import compress
+from calibration.integerize.operands import OperandQParams, operand_codes
+from calibration.integerize.scales import Scales, compress
 from calibration.integerize.shared_requantize import saturation
 from quantizers.codebook import uniform_codebook
 from quantizers.integer.fixed_point import choose_shift, to_common_fixed_point
 from quantizers.integer.program import TensorType
 from quantizers.row_relative import RowRelativeQParams, exponential_table
-from quantizers.uniform import UniformQParams, quantize
+from quantizers.uniform import UniformQParams
 
 #: Bits of the numerator of ``normalize_rows``: divided by a sum of at least 255 it fits int32.
 _NUMERATOR_BITS = 38
@@ -28,7 +29,7 @@ def layer_norm(context: Context, operation: Operation, qparams: UniformQParams) 
     source, builder = context.uniform(operation.name, 0), context.builder
     x = context.codes(operation.inputs[0], source)
     gamma, beta = (context.graph.constants[name].numpy().astype(np.float64) for name in operation.inputs[1:])
-    made = layer_norm_constants(gamma, beta, operation.real("eps"), source.scale[0], qparams.scale[0])
+    made = layer_norm_constants(gamma, beta, operation.real("eps"), source.scale[0], qparams.scales())
     weight = builder.constant(made.weight, f"{operation.name}.weight")
     bias = builder.constant(made.bias, f"{operation.name}.bias")
     return builder.node(
@@ -46,7 +47,7 @@ def layer_norm(context: Context, operation: Operation, qparams: UniformQParams) 
 def softmax(context: Context, operation: Operation, qparams: UniformQParams) -> str:
     """Emit a softmax that stands alone: exponentials by table, divided by their row's sum."""
     weights, total = _exponentials(context, operation, RowRelativeQParams(uniform_codebook(8)))
-    return _normalized(context, operation, weights, total, 1 / qparams.scale[0], qparams)
+    return _normalized(context, operation, weights, total, 1 / qparams.scales(), qparams)
 
 
 def attention_product(context: Context, operation: Operation, qparams: UniformQParams) -> str:
@@ -55,19 +56,19 @@ def attention_product(context: Context, operation: Operation, qparams: UniformQP
     assert isinstance(levels, RowRelativeQParams)
     producer = context.structure.producers[operation.inputs[0]]
     weights, total = _exponentials(context, producer, levels)
-    values = context.uniform(operation.name, 1)
+    values = context.operand(operation.name, 1)
     product = context.product(operation, weights, 0, context.codes(operation.inputs[1], values), values.zero_point)
-    return _normalized(context, operation, product, total, values.scale[0] / qparams.scale[0], qparams)
+    return _normalized(context, operation, product, total, values.scales() / qparams.scales(), qparams)
 
 
-def unary(context: Context, operation: Operation, qparams: UniformQParams) -> str:
-    """Emit a function of one value as a table."""
+def unary(context: Context, operation: Operation, qparams: OperandQParams) -> str:
+    """Emit a function of one value as a table of codes, or of the levels of a codebook."""
     source = context.uniform(operation.name, 0)
     x = context.codes(operation.inputs[0], source)
     lowest = -128 if source.dtype == "int8" else 0
     steps = torch.arange(lowest, lowest + 256, dtype=torch.float64) - source.zero_point
     function = UNARY_FUNCTIONS[str(operation.attributes["function"])]
-    table = quantize(function(steps * source.scale[0]).to(torch.float32), qparams).numpy().astype(qparams.dtype)
+    table = operand_codes(function(steps * source.scale[0]).to(torch.float32), qparams)
     return context.builder.node(
         "lookup",
         (x, context.builder.constant(table, f"{operation.name}.table")),
@@ -80,7 +81,7 @@ def unary(context: Context, operation: Operation, qparams: UniformQParams) -> st
 def add(context: Context, operation: Operation, qparams: UniformQParams) -> str:
     """Emit a sum of two scales with one rounding."""
     operands, builder = add_operands(context, operation), context.builder
-    multipliers, shift = to_common_fixed_point(*(compress(o.scale / qparams.scale[0]) for o in operands))
+    multipliers, shift = to_common_fixed_point(*(compress(o.scale / qparams.scales()) for o in operands))
     constants = [builder.constant(m, f"{operation.name}.multiplier") for m in multipliers]
     return builder.node(
         "add",
@@ -113,16 +114,18 @@ def _exponentials(context: Context, operation: Operation, levels: RowRelativeQPa
 
 
 def _normalized(
-    context: Context, operation: Operation, x: str, total: str, ratio: float, qparams: UniformQParams
+    context: Context, operation: Operation, x: str, total: str, ratio: Scales, qparams: UniformQParams
 ) -> str:
-    shift = choose_shift(ratio, bits=_NUMERATOR_BITS)
+    # One entry where all heads agree: kernels have it as an immediate.
+    ratio = compress(ratio)
+    shift = choose_shift(float(ratio.max()), bits=_NUMERATOR_BITS)
+    numerator = np.maximum(1, np.rint(ratio * 2.0**shift)).astype(np.int64)
     return context.builder.node(
         "normalize_rows",
-        (x, total),
+        (x, total, context.builder.constant(numerator, f"{operation.name}.numerator")),
         TensorType(qparams.dtype, operation.shape),
         f"{operation.name}.codes",
         operation.module,
-        numerator=max(1, round(ratio * 2**shift)),
         shift=shift,
         **saturation(qparams),
     )

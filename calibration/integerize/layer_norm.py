@@ -33,7 +33,7 @@ def layer_norm_constants(
     beta: npt.NDArray[np.float64],
     eps: float,
     input_scale: float,
-    output_scale: float,
+    output_scale: npt.NDArray[np.float64],
 ) -> LayerNormConstants:
     """Express gamma, beta and eps in steps of the input and output scales.
 
@@ -42,7 +42,7 @@ def layer_norm_constants(
         beta: (C,).
         eps: added to the variance of real values.
         input_scale: real value of one step of the input codes.
-        output_scale: real value of one step of the output codes.
+        output_scale: (1,) or (C,), real value of one step of the output codes.
     """
     gain = gamma / (output_scale * 2.0**LAYER_NORM_FRACTION_BITS)
     offset = beta / output_scale

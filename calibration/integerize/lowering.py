@@ -1,9 +1,9 @@
 """integerize: every value as codes in the format its reader asks for, or as an int32 accumulator.
 
 Formats flow backwards: a reader asks for ``codes(value, format)``, and the request passes through views,
-concatenations and scalings until it meets an operation that can produce codes. Where several readers take
-disjoint channels of one linear in different formats (queries, keys and values of a fused projection), one
-requantize with a multiplier per channel serves them all.
+concatenations and scalings until it meets an operation that can produce codes, or the levels of a codebook. Where
+several readers take disjoint channels of one linear in different formats (queries, keys and values of a fused
+projection), one requantize with a multiplier per channel serves them all.
 """
 
 from __future__ import annotations
@@ -13,15 +13,20 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from calibration.engine import Calibrated, QParams
+from calibration.calibrated import Calibrated, QParams
 from calibration.graph import VIEWS, Operation
+from calibration.heads import before_concat, before_view, rescaled
+from calibration.integerize import corrected
 from calibration.integerize.builder import ProgramBuilder
 from calibration.integerize.context import Accumulator, requantize
 from calibration.integerize.forms import require_integer_forms
-from calibration.integerize.nonlinear import FORMS
+from calibration.integerize.nonlinear import FORMS, ends_in_table
+from calibration.integerize.operands import OperandQParams, operand_codes
 from calibration.integerize.scales import compress, viewed
-from calibration.integerize.shared_requantize import plan_shared_requantize, rescaled, saturation
+from calibration.integerize.shared_requantize import plan_shared_requantize, saturation
 from calibration.sites import OUTPUT, Edge, Structure
+from quantizers.codebook import CodebookQParams, carrier_table
+from quantizers.errors import UsageError
 from quantizers.integer.program import IntegerProgram, TensorType
 from quantizers.integer.verify import verify
 from quantizers.uniform import UniformQParams, quantize
@@ -47,8 +52,9 @@ class _Lowering:
         self.formats: Mapping[Edge, QParams] = calibrated.by_edge()
         self.builder = ProgramBuilder(calibrated.graph.inputs)
         self.shapes: Mapping[str, tuple[int, ...]] = calibrated.graph.shapes()
-        self._forms = FORMS[calibrated.recipe.nonlinear]
-        self._codes: dict[tuple[str, UniformQParams], str] = {}
+        self._nonlinear = calibrated.recipe.nonlinear
+        self._forms = FORMS[self._nonlinear]
+        self._codes: dict[tuple[str, OperandQParams], str] = {}
         self._sums: dict[str, Accumulator] = {}
         self._patch_sums: dict[str, Accumulator] = {}
         self._shared_outputs: dict[str, str] = {}
@@ -75,35 +81,57 @@ class _Lowering:
 
     # Codes ------------------------------------------------------------------------------------------
 
-    def codes(self, value: str, qparams: UniformQParams) -> str:
-        """Return the program value that holds ``value`` in a format."""
+    def codes(self, value: str, qparams: OperandQParams) -> str:
+        """Return the program value that holds ``value`` in a format: codes, or the levels of a codebook."""
         return self.once((value, qparams), lambda: self._make_codes(value, qparams))
 
-    def _make_codes(self, value: str, qparams: UniformQParams) -> str:
-        builder = self.builder
+    def _make_codes(self, value: str, qparams: OperandQParams) -> str:
         if value in self.graph.constants:
-            codes = quantize(self.graph.constants[value], qparams).numpy().astype(qparams.dtype)
-            return builder.constant(codes, f"{value}.codes")
+            return self.builder.constant(operand_codes(self.graph.constants[value], qparams), f"{value}.codes")
         operation = self.structure.producers.get(value)
+        passed_on = None if operation is None else self._passed_on(operation, qparams)
+        if passed_on is not None:
+            return passed_on
+        if isinstance(qparams, CodebookQParams):
+            return self._levels(value, operation, qparams)
         if operation is None:
             kind = TensorType(qparams.dtype, self.shapes[value])
             # Seen from before a scaling inside the model, the scale need not be a float32 value any more.
             scale = float(np.float32(qparams.scale[0]))
-            return builder.node("quantize", (value,), kind, f"{value}.codes", "", scale=scale, **saturation(qparams))
-        if operation.op in VIEWS:
-            return self._view(operation, self.codes(operation.inputs[0], qparams))
-        if operation.op == "scale" and operation.real("factor") > 0:
-            return self.codes(operation.inputs[0], rescaled(qparams, 1 / operation.real("factor")))
-        if operation.op == "concat":
-            parts = [self.codes(name, qparams) for name in operation.inputs]
-            return builder.concat(parts, operation.integer("axis"), f"{value}.codes", operation.module)
+            label = f"{value}.codes"
+            return self.builder.node("quantize", (value,), kind, label, "", scale=scale, **saturation(qparams))
         if self.structure.is_row_relative(operation):
             return self._forms["attention_product"](self, operation, qparams)
         if operation.op in self._forms:
             return self._forms[operation.op](self, operation, qparams)
         return self._requantized(operation, qparams)
 
-    def once(self, key: tuple[str, UniformQParams], make: Callable[[], str]) -> str:
+    def _passed_on(self, operation: Operation, qparams: OperandQParams) -> str | None:
+        """Answer a request behind a transparent operation, or return None for any other operation."""
+        if operation.op in VIEWS:
+            source = operation.inputs[0]
+            before = before_view(operation, self.shapes[source], qparams)
+            assert before is not None, "calibration refuses such heads"
+            return self._view(operation, self.codes(source, before))
+        if operation.op == "scale" and operation.real("factor") > 0:
+            return self.codes(operation.inputs[0], rescaled(qparams, 1 / operation.real("factor")))
+        if operation.op == "concat":
+            formats = before_concat(operation, [self.shapes[name] for name in operation.inputs], qparams)
+            parts = [self.codes(name, part) for name, part in zip(operation.inputs, formats, strict=True)]
+            return self.builder.concat(parts, operation.integer("axis"), f"{operation.name}.codes", operation.module)
+        return None
+
+    def _levels(self, value: str, operation: Operation | None, qparams: CodebookQParams) -> str:
+        """Emit the levels of a codebook: in the operation's own table if it is one, otherwise in a table behind it."""
+        if operation is not None and ends_in_table(operation, self._nonlinear):
+            return corrected.unary(self, operation, qparams)
+        codes = self.codes(value, qparams.carrier)
+        table = self.builder.constant(carrier_table(qparams.codebook), f"{value}.levels.table")
+        kind = TensorType(qparams.dtype, self.shapes[value])
+        source = "" if operation is None else operation.module
+        return self.builder.node("lookup", (codes, table), kind, f"{value}.levels", source)
+
+    def once(self, key: tuple[str, OperandQParams], make: Callable[[], str]) -> str:
         """Return what ``make`` returned the first time that the key was asked for."""
         if key not in self._codes:
             self._codes[key] = make()
@@ -142,15 +170,15 @@ class _Lowering:
         return self._sums[value]
 
     def _linear(self, operation: Operation) -> Accumulator:
-        source = self.uniform(operation.name, 0)
+        source = self.operand(operation.name, 0)
         return self._layer(operation, self.codes(operation.inputs[0], source), source)
 
-    def _layer(self, operation: Operation, x: str, source: UniformQParams) -> Accumulator:
+    def _layer(self, operation: Operation, x: str, source: OperandQParams) -> Accumulator:
         """Emit the integer linear of a linear, or of a convolution on patches."""
         weight, bias = (self.graph.constants[name] for name in operation.inputs[1:])
         qparams = self.uniform(operation.name, 1)
         codes = quantize(weight, qparams).numpy().astype(np.int64).reshape(weight.shape[0], -1)
-        scale = source.scale[0] * qparams.scales()
+        scale = source.scales() * qparams.scales()
         offset = np.rint(bias.numpy().astype(np.float64) / scale) - source.zero_point * codes.sum(1)
         kind = TensorType("int32", (*self.builder.type(x).shape[:-1], len(codes)))
         name = self.builder.node(
@@ -174,7 +202,7 @@ class _Lowering:
         """Emit a convolution as a linear on patches: int32[windows, channels]."""
         if operation.name in self._patch_sums:
             return self._patch_sums[operation.name]
-        source = self.uniform(operation.name, 0)
+        source = self.operand(operation.name, 0)
         x = self.codes(operation.inputs[0], source)
         kernel = tuple(self.graph.constants[operation.inputs[1]].shape[2:])
         channels, (height, width) = self.shapes[operation.inputs[0]][0], operation.shape[1:]
@@ -197,7 +225,7 @@ class _Lowering:
         return self.builder.reshape(turned, operation.shape, operation.module)
 
     def _matmul(self, operation: Operation) -> Accumulator:
-        left, right = (self.uniform(operation.name, position) for position in (0, 1))
+        left, right = (self.operand(operation.name, position) for position in (0, 1))
         a, b = (self.codes(operation.inputs[i], qparams) for i, qparams in enumerate((left, right)))
         name = self.product(operation, a, left.zero_point, b, right.zero_point)
         return Accumulator(name, left.scales() * right.scales())
@@ -216,7 +244,7 @@ class _Lowering:
         )
 
     def _multiply(self, operation: Operation) -> Accumulator:
-        sides = [self.uniform(operation.name, position) for position in (0, 1)]
+        sides = [self.operand(operation.name, position) for position in (0, 1)]
         names = [self.codes(value, side) for value, side in zip(operation.inputs, sides, strict=True)]
         name = self.builder.node(
             "multiply",
@@ -261,7 +289,21 @@ class _Lowering:
         return name
 
     def uniform(self, operation: str, position: int) -> UniformQParams:
-        """Return the uniform format of an operand."""
+        """Return the format of an operand that must be uniform.
+
+        Raises:
+            UsageError: it is a codebook.
+        """
+        qparams = self.operand(operation, position)
+        if isinstance(qparams, CodebookQParams):
+            raise UsageError(
+                f"operand {position} of {operation} is in levels of {qparams.codebook.name}; only activations that a "
+                "linear, a convolution or a product reads can have a codebook, choose a uniform format here"
+            )
+        return qparams
+
+    def operand(self, operation: str, position: int) -> OperandQParams:
+        """Return the format of an operand of a product."""
         qparams = self.formats[operation, position]
-        assert isinstance(qparams, UniformQParams), (operation, position, qparams)
+        assert isinstance(qparams, UniformQParams | CodebookQParams), (operation, position, qparams)
         return qparams

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from calibration.graph import Operation
 from calibration.integerize import corrected, published
 from calibration.integerize.context import Form
 
@@ -32,3 +33,10 @@ FORMS: Mapping[str, Mapping[str, Form]] = MappingProxyType(
         ),
     }
 )
+
+
+def ends_in_table(operation: Operation, nonlinear: str) -> bool:
+    """Whether an operation's form is a table of 256 entries, which may hold the levels of a codebook as well."""
+    if operation.op != "unary":
+        return False
+    return nonlinear == "corrected" or operation.attributes["function"] not in published.SHIFT_GELU_FUNCTIONS

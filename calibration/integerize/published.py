@@ -75,7 +75,7 @@ def layer_norm(context: Context, operation: Operation, qparams: UniformQParams) 
     x = context.codes(operation.inputs[0], context.uniform(operation.name, 0))
     gamma, beta = (context.graph.constants[name].numpy().astype(np.float64) for name in operation.inputs[1:])
     made = i_layer_norm_constants(gamma, beta, where)
-    ratio = made.gain / qparams.scale[0]
+    ratio = made.gain / qparams.scales()
     reach = np.abs(ratio) * (2.0**ivit.NORMALIZED_BITS + np.abs(made.bias))
     # Sums of 2^30 and a bias beyond int32 leave their product with a multiplier of 31 bits no room in int64.
     shift = min(choose_shift(float(np.abs(ratio).max())), choose_shift(float(reach.max()), bits=61))
@@ -104,7 +104,7 @@ def layer_norm(context: Context, operation: Operation, qparams: UniformQParams) 
 def softmax(context: Context, operation: Operation, qparams: UniformQParams) -> str:
     """Emit a Shiftmax that stands alone, at 16 bits, and its requantization."""
     probabilities = _shiftmax(context, operation, _LONE_SOFTMAX)
-    ratio = np.array([_LONE_SOFTMAX.scale / qparams.scale[0]])
+    ratio = _LONE_SOFTMAX.scale / qparams.scales()
     return requantize(context.builder, operation, probabilities, ratio, qparams)
 
 
@@ -113,10 +113,10 @@ def attention_product(context: Context, operation: Operation, qparams: UniformQP
     levels = context.formats[operation.name, 0]
     assert isinstance(levels, ShiftmaxQParams)
     probabilities = _shiftmax(context, context.structure.producers[operation.inputs[0]], levels)
-    values = context.uniform(operation.name, 1)
+    values = context.operand(operation.name, 1)
     v = context.codes(operation.inputs[1], values)
     product = context.product(operation, probabilities, 0, v, values.zero_point)
-    ratio = levels.scale * values.scales() / qparams.scale[0]
+    ratio = levels.scale * values.scales() / qparams.scales()
     return requantize(context.builder, operation, product, ratio, qparams)
 
 
@@ -140,7 +140,7 @@ def unary(context: Context, operation: Operation, qparams: UniformQParams) -> st
             bits=ivit.SIGMOID_BITS,
         ),
     )
-    ratio = source.scales() * 2.0 ** (1 - ivit.SIGMOID_BITS) / qparams.scale[0]
+    ratio = source.scales() * 2.0 ** (1 - ivit.SIGMOID_BITS) / qparams.scales()
     return requantize(builder, operation, product, ratio, qparams)
 
 
@@ -165,7 +165,7 @@ def add(context: Context, operation: Operation, qparams: UniformQParams) -> str:
 def _on_steps(context: Context, operation: Operation, operand: AddOperand, qparams: UniformQParams) -> str:
     """Return a side of a sum in steps of the result, int32 and not clipped."""
     builder = context.builder
-    multiplier, shift = to_fixed_point(compress(operand.scale / qparams.scale[0]))
+    multiplier, shift = to_fixed_point(compress(operand.scale / qparams.scales()))
     low, high = INTEGER_RANGES["int32"]
     codes = builder.array(operand.name)
     if codes is not None:

@@ -1,22 +1,23 @@
 """One requantize for readers that take disjoint channels of a layer in different formats.
 
-Queries, keys and values of a fused projection have a scale each. Seen from the projection they are sets of
-channels, so one multiplier per channel serves all three, and the int32 sums are read once.
+Queries, keys and values of a fused projection have a scale each, or one for each head. Seen from the projection they
+are sets of channels, so one multiplier per channel serves all three, and the int32 sums are read once.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from calibration.engine import QParams
+from calibration.calibrated import QParams
 from calibration.graph import VIEWS, Operation
+from calibration.heads import before_view, rescaled
 from calibration.integerize.scales import Scales, viewed
 from calibration.sites import Edge, Structure
+from quantizers.codebook import CodebookQParams
 from quantizers.uniform import UniformQParams
 
 
@@ -26,7 +27,7 @@ class SharedRequantize:
 
     Args:
         scale: target scale of each channel, shaped to broadcast with the layer's result.
-        members: the formats it serves.
+        members: the formats it serves, as they look from the layer.
     """
 
     scale: Scales
@@ -37,18 +38,25 @@ def plan_shared_requantize(
     structure: Structure, formats: Mapping[Edge, QParams], operation: Operation
 ) -> SharedRequantize | None:
     """Return the shared requantize of a linear or convolution, or None where one reader or overlap forbids it."""
-    channel_axis = len(operation.shape) - 1 if operation.op == "linear" else 0
+    channel_axis = -1 if operation.op == "linear" else -len(operation.shape)
     extents = [1] * len(operation.shape)
     extents[channel_axis] = channels = operation.shape[channel_axis]
     index = np.broadcast_to(np.arange(channels).reshape(extents), operation.shape)
     demands: list[_Demand] = []
-    _collect(structure, formats, operation.name, index, 1.0, demands)
+    for demand in _demands(structure, formats, operation.name, index):
+        if not any(
+            demand.qparams == known.qparams and np.array_equal(demand.channels, known.channels) for known in demands
+        ):
+            demands.append(demand)
     scale, taken = np.ones(channels), np.zeros(channels, bool)
     for demand in demands:
-        if taken[demand.channels].any() or saturation(demand.qparams) != saturation(demands[0].qparams):
+        qparams = demand.qparams
+        if taken[demand.channels].any() or saturation(qparams) != saturation(demands[0].qparams):
+            return None
+        if len(qparams.scale) > 1 and qparams.axis != channel_axis:
             return None
         taken[demand.channels] = True
-        scale[demand.channels] = demand.qparams.scale[0]
+        scale[demand.channels] = np.broadcast_to(qparams.scale, channels)[demand.channels]
     if len(demands) < 2:
         return None
     return SharedRequantize(scale.reshape(extents), frozenset(demand.qparams for demand in demands))
@@ -59,36 +67,32 @@ def saturation(qparams: UniformQParams) -> dict[str, int]:
     return {"zero_point": qparams.zero_point, "qmin": qparams.qmin, "qmax": qparams.qmax}
 
 
-def rescaled(qparams: UniformQParams, factor: float) -> UniformQParams:
-    """Return the format in which ``factor * x`` has the codes that ``x`` has in ``qparams``."""
-    return dataclasses.replace(qparams, scale=tuple(scale * factor for scale in qparams.scale))
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Demand:
     qparams: UniformQParams
     channels: npt.NDArray[np.int64]
 
 
-def _collect(
-    structure: Structure,
-    formats: Mapping[Edge, QParams],
-    value: str,
-    index: npt.NDArray[np.int64],
-    factor: float,
-    demands: list[_Demand],
-) -> None:
-    """Follow views and scalings from a layer to the formats that its readers want for its channels."""
+def _demands(
+    structure: Structure, formats: Mapping[Edge, QParams], value: str, index: npt.NDArray[np.int64]
+) -> list[_Demand]:
+    """Follow views and scalings to the formats that readers want, and return them as they look from the value."""
+    found: list[_Demand] = []
     for reader, position in structure.consumers.get(value, []):
         if reader.op in VIEWS:
-            _collect(structure, formats, reader.name, viewed(reader, index), factor, demands)
+            for demand in _demands(structure, formats, reader.name, viewed(reader, index)):
+                qparams = before_view(reader, structure.producers[value].shape, demand.qparams)
+                assert qparams is not None, "calibration refuses such heads"
+                found.append(_Demand(qparams, demand.channels))
         elif reader.op == "scale" and reader.real("factor") > 0:
-            _collect(structure, formats, reader.name, index, factor * reader.real("factor"), demands)
+            factor = 1 / reader.real("factor")
+            inner = _demands(structure, formats, reader.name, index)
+            found += [_Demand(rescaled(demand.qparams, factor), demand.channels) for demand in inner]
         elif (reader.name, position) in formats:
-            qparams = formats[reader.name, position]
-            assert isinstance(qparams, UniformQParams)
-            # Seen from the layer, before the scaling, a step is that much larger.
-            wanted = qparams if factor == 1.0 else rescaled(qparams, 1 / factor)
-            channels = np.unique(index)
-            if not any(wanted == known.qparams and np.array_equal(channels, known.channels) for known in demands):
-                demands.append(_Demand(wanted, channels))
+            wanted = formats[reader.name, position]
+            assert isinstance(wanted, UniformQParams | CodebookQParams)
+            if isinstance(wanted, CodebookQParams):
+                # A table turns the layer's carrier codes into levels, so these are what it is asked for.
+                wanted = wanted.carrier
+            found.append(_Demand(wanted, np.unique(index)))
+    return found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,23 @@ import click
 from ptq import console
 from ptq.commands.options import DATA_HELP, batch_option, json_option, preprocessing_options
 from ptq.recipes import DEFAULT_METHOD, RECIPES, named_recipe
+
+#: Powers of ten, as disks and files are labelled.
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+def _byte_count(_: click.Context, parameter: click.Parameter, text: str | None) -> int:
+    if text is None:
+        from calibration.cache import DEFAULT_MEMORY_LIMIT
+
+        return DEFAULT_MEMORY_LIMIT
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]*)", text.strip().lower(), re.ASCII)
+    unit = None if match is None else _UNITS.get(match[2])
+    if match is None or unit is None:
+        raise click.BadParameter(
+            f"{text!r} is no number of bytes; expected one such as 500MB, 2GB or 1000000", param=parameter
+        )
+    return int(Fraction(match[1]) * unit)
 
 
 @click.command()
@@ -27,6 +46,11 @@ from ptq.recipes import DEFAULT_METHOD, RECIPES, named_recipe
 @click.option("--num-samples", type=click.IntRange(1), help="Use this many of the images.")
 @click.option("--seed", default=0, show_default=True, help="Of the choice of images.")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
+@click.option(
+    "--memory-limit",
+    callback=_byte_count,
+    help="Activations held in memory, such as 500MB or 2GB, 256 MiB by default; the rest goes to files.",
+)
 @batch_option
 @preprocessing_options
 @json_option
@@ -40,6 +64,7 @@ def quantize(
     num_samples: int | None,
     seed: int,
     resume: bool,
+    memory_limit: int,
     batch_size: int,
     as_json: bool,
     **settings: Any,
@@ -81,6 +106,7 @@ def quantize(
             total=len(images),
             progress=report,
             work_dir=work_dir,
+            memory_limit=memory_limit,
         )
     quantized.save(output)
     shutil.rmtree(work_dir, ignore_errors=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
-from calibration.engine import Calibrated
+from calibration.calibrated import Calibrated
 from ptq.onnx_export.builder import NodeBuilder
 from ptq.onnx_export.operators import WRITERS
 from ptq.onnx_export.writer import GraphWriter

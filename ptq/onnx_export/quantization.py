@@ -8,9 +8,12 @@ Names follow the quantization tools of ONNX Runtime, so that its debugger matche
 from __future__ import annotations
 
 import numpy as np
+from onnx import TensorProto
 
-from calibration.engine import QParams
+from calibration.calibrated import QParams
+from calibration.integerize.operands import OperandQParams
 from ptq.onnx_export.builder import Array, NodeBuilder
+from quantizers.codebook import CodebookQParams, carrier_table
 from quantizers.row_relative import RowRelativeQParams
 from quantizers.uniform import UniformQParams
 
@@ -23,8 +26,10 @@ class Quantizer:
 
     def activation(self, tensor: str, qparams: QParams, module: str) -> str:
         """Quantize and dequantize a float tensor; return the name of the result."""
+        if isinstance(qparams, CodebookQParams):
+            return self._levels(tensor, qparams, module)
         uniform = probability_format(qparams) if isinstance(qparams, RowRelativeQParams) else qparams
-        assert isinstance(uniform, UniformQParams), "published forms and codebooks are refused before"
+        assert isinstance(uniform, UniformQParams), "published forms are refused before"
         parameters = (
             self._builder.initializer(np.array(uniform.scale[0], np.float32), f"{tensor}_scale"),
             self._builder.initializer(np.array(uniform.zero_point, uniform.dtype), f"{tensor}_zero_point"),
@@ -36,6 +41,19 @@ class Quantizer:
         result = self._builder.fresh(f"{tensor}_DequantizeLinear_Output")
         return self._builder.node("DequantizeLinear", (codes, *parameters), result, module)
 
+    def row_levels(self, probabilities: str, qparams: RowRelativeQParams, module: str) -> str:
+        """Divide each row by its largest probability and take the nearest levels, 0 to 1; return their name.
+
+        What is multiplied by them has to be divided by their sum.
+        """
+        axes = self._builder.integers((-1,))
+        largest = self._builder.fresh(f"{probabilities}_largest")
+        self._builder.node("ReduceMax", (probabilities, axes), largest, module, keepdims=1)
+        relative = self._builder.fresh(f"{probabilities}_relative")
+        self._builder.node("Div", (probabilities, largest), relative, module)
+        step = float(np.float32(1 / qparams.peak))
+        return self._levels(relative, CodebookQParams(qparams.codebook, step, 0), module)
+
     def weight(self, codes: Array, qparams: UniformQParams, name: str, module: str) -> str:
         """Store the codes (N, ...) of a weight, one scale for each output channel; return its real values' name."""
         parameters = (
@@ -44,19 +62,39 @@ class Quantizer:
         )
         return self._dequantized(codes.astype(np.int8), parameters, name, module)
 
-    def bias(self, bias: Array, source: UniformQParams, weight: UniformQParams, name: str, module: str) -> str:
+    def bias(self, bias: Array, source: OperandQParams, weight: UniformQParams, name: str, module: str) -> str:
         """Store a bias (N,) as int32 in steps of input scale times weight scale; return its real values' name.
 
         ONNX Runtime adds these codes to its int32 sums and never reads the stored scale: any other step would
         be a silent error.
         """
-        scale = np.float32(source.scale[0]) * np.array(weight.scale, np.float32)
+        scale = np.float32(source.scales()[0]) * np.array(weight.scale, np.float32)
         codes = np.rint(bias.astype(np.float64) / scale.astype(np.float64)).astype(np.int32)
         parameters = (
             self._builder.initializer(scale, f"{name}_scale"),
             self._builder.initializer(np.zeros(len(codes), np.int32), f"{name}_zero_point"),
         )
         return self._dequantized(codes, parameters, name, module)
+
+    def _levels(self, tensor: str, qparams: CodebookQParams, module: str) -> str:
+        """Quantize a float tensor to steps of a level and replace each by the nearest level; return real values.
+
+        Gather stands between the two ends of an ordinary pair, so that runtimes need to know nothing of codebooks.
+        """
+        parameters = (
+            self._builder.initializer(np.array(qparams.scale, np.float32), f"{tensor}_scale"),
+            self._builder.initializer(np.array(qparams.zero_point, np.uint8), f"{tensor}_zero_point"),
+        )
+        carrier = self._builder.fresh(f"{tensor}_QuantizeLinear_Output")
+        self._builder.node("QuantizeLinear", (tensor, *parameters), carrier, module)
+        # Gather takes indices of 32 bits or more.
+        indices = self._builder.fresh(f"{tensor}_indices")
+        self._builder.node("Cast", (carrier,), indices, module, to=TensorProto.INT32)
+        table = self._builder.initializer(carrier_table(qparams.codebook), f"{qparams.codebook.family}_levels")
+        levels = self._builder.fresh(f"{tensor}_levels")
+        self._builder.node("Gather", (table, indices), levels, module, axis=0)
+        result = self._builder.fresh(f"{tensor}_DequantizeLinear_Output")
+        return self._builder.node("DequantizeLinear", (levels, *parameters), result, module)
 
     def _clipped(self, tensor: str, qparams: UniformQParams, module: str) -> str:
         """Clip to what a narrow format represents: QuantizeLinear saturates at the ends of its type only."""

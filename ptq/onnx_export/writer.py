@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from calibration.engine import Calibrated
+from calibration.calibrated import Calibrated
 from calibration.graph import Operation
 from ptq.onnx_export.builder import Array, NodeBuilder
 from ptq.onnx_export.quantization import Quantizer

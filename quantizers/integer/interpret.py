@@ -120,8 +120,8 @@ def _row_sum(node: Node, x: Tensor) -> Tensor:
     return x.sum(-1, keepdim=True, dtype=torch.int32)
 
 
-def _normalize_rows(node: Node, x: Tensor, total: Tensor) -> Tensor:
-    reciprocal = node.integer("numerator") // total.to(torch.int64)
+def _normalize_rows(node: Node, x: Tensor, total: Tensor, numerator: Tensor) -> Tensor:
+    reciprocal = numerator[0] // total.to(torch.int64)
     return saturate(shift_round(x.to(torch.int64) * reciprocal, node), node)
 
 

@@ -16,7 +16,8 @@ add              ``saturate(((a - zero_point_a) ma + (b - zero_point_b) mb + 2^(
 lookup           8-bit x: ``table[x - min(dtype)]``
 exponentials     8-bit x: ``table[max over the last axis - x]``, uint8
 row_sum          sum of ``exponentials`` over the last axis, kept as extent 1, int32
-normalize_rows   ``saturate((x (numerator // sum) + 2^(shift-1)) >> shift)``: one division a row
+normalize_rows   ``saturate((x (numerator // sum) + 2^(shift-1)) >> shift)``: one division a row;
+                 int64 numerator, one or one a head: its last two extents are 1
 layer_norm       x[..., C]: ``S = sum x``, ``V = C sum x^2 - S^2 + epsilon``, ``e`` the largest with
                  ``V 4^e < 2^62``, ``r = 2^61 // floor(sqrt(V 4^e))``,
                  ``n = ((C x - S) r + 2^(40-e)) >> (41-e)``,
@@ -41,7 +42,7 @@ i_layer_norm     x[..., C]: ``y = x - round_half_even(sum x / C)``, ``v = sum y^
                  ``saturate(((n + bias) weight + 2^(shift-1)) >> shift)``
 ===============  =====================================================================================
 
-``m``, ``ma``, ``mb`` are int32 constants that broadcast from the right against one sample.
+``m``, ``ma``, ``mb`` are int32 constants, ``numerator`` an int64 one, that broadcast from the right against one sample.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ OPS: Mapping[str, OpSignature] = MappingProxyType(
         "lookup": OpSignature(("x",), ("table",)),
         "exponentials": OpSignature(("x",), ("table",)),
         "row_sum": OpSignature(("x",)),
-        "normalize_rows": OpSignature(("x", "sum"), (), ("numerator", "shift", *_SATURATE)),
+        "normalize_rows": OpSignature(("x", "sum"), ("numerator",), ("shift", *_SATURATE)),
         "layer_norm": OpSignature(("x",), ("weight", "bias"), ("epsilon", "shift", *_SATURATE)),
         "reduce_sum": OpSignature(("x",), (), ("axis", "zero_point")),
         "patches": OpSignature(("x",), (), ("kernel", "stride", "padding", "pad_value")),

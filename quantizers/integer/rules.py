@@ -15,7 +15,6 @@ import numpy as np
 from quantizers.integer.bounds import Checked, Interval, Operand
 from quantizers.integer.checks import (
     BYTES,
-    INT64_MAX,
     broadcast_shape,
     channel_constants,
     fail,
@@ -162,15 +161,20 @@ def _row_sum(node: Node, x: Operand) -> Checked:
     return TensorType("int32", (*x.type.shape[:-1], 1)), bounds
 
 
-def _normalize_rows(node: Node, x: Operand, total: Operand) -> Checked:
+def _normalize_rows(node: Node, x: Operand, total: Operand, numerators: Operand) -> Checked:
     require_dtype(node, x, "uint8", "int32")
+    require_dtype(node, numerators, "int64")
+    require_broadcast(node, x.type.shape, numerators)
+    if math.prod(numerators.type.shape[-2:]) != 1:
+        raise fail(node, f"numerator is {numerators.type}, expected one entry for all rows and columns of a head")
     if total.node is None or total.node.op != "row_sum":
         raise fail(node, f"sum must be the result of row_sum, got {total.name}")
     if total.type.shape != (*x.type.shape[:-1], 1):
         raise fail(node, f"x is {x.type} and sum is {total.type}, expected one sum for each row")
-    weights, numerator = total.node.inputs[0], node.integer("numerator")
-    if not 1 <= numerator <= INT64_MAX:
-        raise fail(node, f"numerator is {numerator}, expected 1 to 2^63 - 1")
+    if numerators.interval.low < 1:
+        raise fail(node, f"numerator is {numerators.interval.low}, expected 1 to 2^63 - 1")
+    # An interval stands for the whole tensor, and the bound grows with the numerator: the largest bounds every head.
+    weights, numerator = total.node.inputs[0], numerators.interval.high
     if x.name == weights:
         # Each entry is at most its row's sum.
         product = Interval(0, numerator)

@@ -24,7 +24,7 @@ from quantizers.integer.bit_packing import NARROW_BITS, narrowest, pack_bits, un
 from quantizers.integer.program import Attribute, IntegerProgram, Node, TensorType
 from quantizers.integer.verify import verify
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _T = TypeVar("_T")
 #: Keys of each kind of entry and the JSON type of its value.
 _PROGRAM_KEYS = {"format_version": int, "inputs": list, "nodes": list, "outputs": list, "packed": dict}

@@ -17,7 +17,7 @@ from calibration.approximation import (
     probabilities_of,
     unary_error,
 )
-from calibration.engine import Calibrated, CalibratedSite
+from calibration.calibrated import Calibrated, CalibratedSite
 from calibration.graph import Graph, Operation
 from calibration.integerize import integerize
 from calibration.rules import Recipe

@@ -74,7 +74,7 @@ def test_integers_are_as_good_as_the_simulation(name: str, symmetric: bool) -> N
     """
     x = images(name, 8, seed=5)
     result = calibrated(name, recipe(search="mse", symmetric=symmetric))
-    (exact,), (simulated,) = execute(result.graph, (x,)), simulate(result, (x,))
+    (exact,), (simulated,) = execute(result.float_graph(), (x,)), simulate(result, (x,))
     (integers,) = interpret(integerize(result), x)
     assert integers.dtype == torch.float32
     assert integers.shape == exact.shape
@@ -116,7 +116,11 @@ def test_probabilities_of_every_family(family: str, bits: int) -> None:
     for levels in found:
         assert set(levels.unique().tolist()) <= set(row.codebook.levels)
         assert int(levels.max()) == row.codebook.levels[-1]
-    (exact,), (simulated,), (integers,) = execute(result.graph, (x,)), simulate(changed, (x,)), interpret(program, x)
+    (exact,), (simulated,), (integers,) = (
+        execute(result.float_graph(), (x,)),
+        simulate(changed, (x,)),
+        interpret(program, x),
+    )
     assert relative(integers, simulated) < relative(simulated, exact)
 
 

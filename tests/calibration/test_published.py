@@ -13,7 +13,8 @@ from support.stepwise import steps_apart
 from torch import Tensor, nn
 from torch.nn import functional
 
-from calibration.engine import Calibrated, calibrate
+from calibration.calibrated import Calibrated
+from calibration.engine import calibrate
 from calibration.graph import Graph, execute
 from calibration.integerize import integerize
 from calibration.integerize.published import i_layer_norm_constants
@@ -61,7 +62,7 @@ def test_integers_are_as_good_as_the_simulation(name: str) -> None:
     """The integers are closer to the simulation than float is, and about as close to float as it is."""
     x = images(name, 8, seed=5)
     result = calibrated(name, IVIT)
-    (exact,), (simulated,) = execute(result.graph, (x,)), simulate(result, (x,))
+    (exact,), (simulated,) = execute(result.float_graph(), (x,)), simulate(result, (x,))
     (integers,) = interpret(integerize(result), x)
     assert relative(integers, simulated) < 0.7 * relative(simulated, exact)
     assert relative(integers, exact) < 1.3 * relative(simulated, exact)

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 from support.models import calibrated
 
-from calibration.engine import QParams
-from calibration.qparams_json import format_name, qparams_from_json, qparams_to_json
+from calibration.calibrated import QParams
+from calibration.qparams_json import format_label, format_name, qparams_from_json, qparams_to_json
 from calibration.serialize import calibrated_from_bytes, calibrated_to_bytes
+from quantizers.adalog import adalog
 from quantizers.codebook import CodebookQParams, uniform_codebook
 from quantizers.errors import ArtifactError
 from quantizers.families import FAMILIES, candidates
+from quantizers.logarithm import log_sqrt2
 from quantizers.row_relative import RowRelativeQParams
 from quantizers.shiftmax import ShiftmaxQParams
 from quantizers.sulq import sulq
@@ -37,6 +39,22 @@ LOG2 = {"family": "log2", "parameter": 0.0, "levels": [0, 64, 128, 255]}
 def test_formats_come_back_equal(qparams: QParams) -> None:
     text = json.dumps(qparams_to_json(qparams))
     assert qparams_from_json(format_name(qparams), json.loads(text), "here") == qparams
+
+
+@pytest.mark.parametrize(
+    ("qparams", "name", "label"),
+    [
+        (UniformQParams((0.5,), 0, -8, 7), "uniform", "uniform"),
+        (ShiftmaxQParams(16), "shiftmax", "shiftmax"),
+        (RowRelativeQParams(uniform_codebook(8)), "row_relative", "row_relative"),
+        (RowRelativeQParams(log_sqrt2(4)), "row_relative", "row_relative log_sqrt2"),
+        (CodebookQParams(adalog(4, 20), 0.5, 0), "codebook", "adalog(q=20)"),
+        (CodebookQParams(uniform_codebook(4), 0.5, 0), "codebook", "uniform"),
+    ],
+)
+def test_people_read_the_codebook_and_files_the_kind(qparams: QParams, name: str, label: str) -> None:
+    assert format_name(qparams) == name
+    assert format_label(qparams) == label
 
 
 def test_even_rows_keep_their_old_form() -> None:

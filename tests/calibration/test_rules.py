@@ -40,7 +40,7 @@ def test_the_first_match_wins() -> None:
 
 def test_patterns_match_kind_and_name() -> None:
     """Both patterns must match, with shell wildcards, whole and with their case."""
-    rule = Rule(BYTE, "*_input", "blocks.?.mlp.*")
+    rule = Rule(BYTE, "*_*put", "blocks.?.mlp.*")
     matched = [site.name for site in SITES if rule.matches(site)]
     assert matched == [f"blocks.{i}.mlp.{layer}.input" for i in (0, 1) for layer in ("fc1", "act", "fc2")]
     assert not any(Rule(BYTE, name="BLOCKS.*").matches(site) for site in SITES)
@@ -62,7 +62,7 @@ def test_a_kind_that_matches_nothing_shows_the_kinds() -> None:
         assign(Rule(WEIGHT, "weight"), Rule(BYTE), Rule(BYTE, "matmul_left"))
     text, _, hint = str(caught.value).partition("; ")
     assert text == "recipe test: rule 3 (kind 'matmul_left', name '*') matched no site"
-    assert hint.startswith("kinds in this model: activation_input, constant, image, ")
+    assert hint.startswith("kinds in this model: activation_input, activation_output, constant, image, ")
 
 
 def test_an_optional_rule_may_match_nothing() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from calibration.search import histogram_error, search_activation, search_weight
+from calibration.search.ranges import histogram_error, search_activation, search_weight
 from calibration.statistics import Histogram, empty, update
 from quantizers.spec import QuantSpec
 from quantizers.uniform import UniformQParams, fake_quantize, qparams_from_range

@@ -19,14 +19,17 @@ from quantizers.uniform import UniformQParams, fake_quantize
 
 
 def test_a_linear_by_hand() -> None:
-    """Input and weight are fake-quantized, the bias is not, the result is not."""
+    """Input and weight are fake-quantized, the bias is rounded to the steps of their product, the result is not."""
     layer = spread(nn.Linear(8, 4))
     x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
     result = calibrate(trace(layer, (x,)), [(row,) for row in x], recipe(4, 6))
     source, weight = (entry.qparams for entry in result.sites)
     assert isinstance(source, UniformQParams)
     assert isinstance(weight, UniformQParams)
-    expected = functional.linear(fake_quantize(x, source), fake_quantize(layer.weight, weight), layer.bias)
+    steps = torch.tensor(weight.scale, dtype=torch.float64) * source.scale[0]
+    bias = ((layer.bias.detach() / steps).round() * steps).to(torch.float32)
+    assert 0 < float((bias - layer.bias).detach().abs().max()) <= float(steps.max()) / 2
+    expected = functional.linear(fake_quantize(x, source), fake_quantize(layer.weight.detach(), weight), bias)
     assert torch.equal(simulate(result, (x,))[0], expected)
 
 

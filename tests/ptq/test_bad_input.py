@@ -130,7 +130,7 @@ def test_unknown_model(workspace: Path, capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("extra", "expected"),
     [
-        (("--method", "magic"), "known methods: minmax, percentile, mse, ivit"),
+        (("--method", "magic"), "known methods: auto, minmax, percentile, mse, repq, dopq, adalog, ias, ivit"),
         (("--bits", "w9a8"), "9 is outside 2 to 8"),
         (("--bits", "w1a8"), "1 is outside 2 to 8"),
         (("--bits", "int8"), "expected the form w8a8"),

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.codebooks import GELU_LOW, with_codebooks
 from support.embedded import write_images, write_model
 
 import ptq
+from calibration.integerize import integerize
 from ptq.cli import main
+from ptq.recipes import DEFAULT_METHOD, RECIPES
+from quantizers.adalog import adalog
+from quantizers.logarithm import log_sqrt2
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +76,25 @@ def test_verify_finds_tvm_equal(workspace: Path, capsys: pytest.CaptureFixture[s
     assert result == {"backend": "tvm", "n": 24, "equal": True, "max_abs_diff": 0.0}
 
 
+def test_inspect_names_codebooks(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With their parameters, for people; files keep one key for each kind of format."""
+    plain = ptq.load(workspace / "out")
+    formats = {"probability": log_sqrt2(4), r".*fc2\.input": adalog(4, 20)}
+    changed = with_codebooks(plain.calibrated, formats, low=GELU_LOW)
+    replace(plain, calibrated=changed, program=integerize(changed)).save(workspace / "codebooks")
+    result = json_of(capsys, "inspect", str(workspace / "codebooks"))
+    assert isinstance(result, dict)
+    shown = {site["name"]: site["format"] for site in result["sites"]}
+    assert {shown[name] for name in shown if name.endswith("fc2.input")} == {"adalog(q=20)"}
+    assert {shown[name] for name in shown if name.endswith("probability")} == {"row_relative log_sqrt2"}
+    kinds = {"uniform", "row_relative", "codebook"}
+    for name in ("manifest.json", "model.json"):
+        stored = json.loads((workspace / "codebooks" / name).read_text())
+        assert {site["format"] for site in stored["sites"]} == kinds
+    assert run("inspect", str(workspace / "codebooks")) == 0
+    assert "adalog(q=20)" in capsys.readouterr().out
+
+
 def test_inspect_lists_sites_and_sizes(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every documented key is there, and the integers are smaller than the floats."""
     result = json_of(capsys, "inspect", str(workspace / "out"))
@@ -96,7 +122,16 @@ def test_recipes_lists_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     """Names come from the table."""
     result = json_of(capsys, "recipes")
     assert isinstance(result, dict)
-    assert [entry["name"] for entry in result["recipes"]] == ["minmax", "percentile", "mse", "ivit"]
+    names = ["auto", "minmax", "percentile", "mse", "repq", "dopq", "adalog", "ias", "ivit"]
+    assert [entry["name"] for entry in result["recipes"]] == names
+
+
+def test_the_page_of_methods_holds_the_table() -> None:
+    """A row for each method, and the default marked."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)`( \(default\))? \|", page, re.MULTILINE)
+    assert {name for name, _ in rows} == set(RECIPES)
+    assert [name for name, default in rows if default] == [DEFAULT_METHOD]
 
 
 @pytest.mark.parametrize(("format_name", "name"), [("onnx", "model.onnx"), ("tvm", "bundle")])
@@ -110,11 +145,11 @@ def test_export_writes_once(workspace: Path, capsys: pytest.CaptureFixture[str],
 
 
 def test_help_needs_no_heavy_import() -> None:
-    """``ptq --help`` loads neither TVM nor onnx nor onnxruntime."""
+    """``ptq --help`` loads neither torch nor TVM nor onnx nor onnxruntime."""
     code = (
         "import sys\nfrom ptq.cli import main\n"
         "try:\n    main(['--help'])\nexcept SystemExit as stop:\n    assert not stop.code\n"
-        "print([name for name in ('tvm', 'onnx', 'onnxruntime') if name in sys.modules])"
+        "print([name for name in ('torch', 'numpy', 'tvm', 'onnx', 'onnxruntime') if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.endswith("[]\n")

@@ -44,6 +44,34 @@ def test_constant_images(workspace: Path) -> None:
     assert ptq.load(quantized(workspace, data="black.npz")).describe()["float_ops"] == 0
 
 
+@pytest.mark.parametrize("dead", [False, True])
+def test_scales_of_heads(workspace: Path, capsys: pytest.CaptureFixture[str], dead: bool) -> None:
+    """A recipe file with ``granularity: head``, through calibration, artifact and native code; a head may be dead."""
+    if dead:
+        weights = load_file(workspace / "model" / "model.safetensors")
+        width = weights["blocks.0.attn.qkv.weight"].shape[0] // 3
+        for kind in ("weight", "bias"):
+            weights[f"blocks.0.attn.qkv.{kind}"].unflatten(0, (3, 2, width // 2))[:, 0] = 0
+        save_file(weights, workspace / "model" / "model.safetensors")
+    (workspace / "heads.yaml").write_text(
+        "name: heads\n"
+        "rules:\n"
+        "  - {kind: query, bits: 8, granularity: head}\n"
+        "  - {kind: key, bits: 8, granularity: head, search: mse}\n"
+        "  - {kind: value, bits: 4, granularity: head, symmetric: false, search: percentile}\n"
+        "  - {kind: weight, bits: 8, granularity: channel}\n"
+        "  - {kind: residual, bits: 16}\n"
+        "  - {kind: constant, bits: 16}\n"
+        "  - {bits: 8}\n"
+    )
+    out = quantized(workspace, "--recipe", workspace / "heads.yaml")
+    sites = {site["kind"]: site["granularity"] for site in ptq.load(out).describe()["sites"]}
+    assert [sites[kind] for kind in ("query", "key", "value", "scores")] == ["head", "head", "head", "tensor"]
+    capsys.readouterr()
+    assert run("verify", out, "--data", workspace / "data.npz", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"backend": "tvm", "n": 24, "equal": True, "max_abs_diff": 0.0}
+
+
 @pytest.mark.parametrize("part", ["channel", "tensor"])
 def test_dead_weights(workspace: Path, capsys: pytest.CaptureFixture[str], part: str) -> None:
     """A dead output channel, and a linear of zeros, quantize and give finite results equal on both sides."""

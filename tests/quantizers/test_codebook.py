@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from quantizers.codebook import (
@@ -43,11 +43,14 @@ def formats(draw: st.DrawFn) -> CodebookQParams:
     return CodebookQParams(draw(codebooks()), scale, draw(st.integers(0, 255)))
 
 
+def exact_steps(value: float, qparams: CodebookQParams) -> Fraction:
+    return Fraction(value) / Fraction(qparams.scale) + qparams.zero_point
+
+
 def nearest(value: float, qparams: CodebookQParams) -> int:
-    """Return the first of the nearest levels' codes, in exact arithmetic."""
-    steps = Fraction(value) / Fraction(qparams.scale) + qparams.zero_point
-    distances = [abs(steps - level) for level in qparams.codebook.levels]
-    return distances.index(min(distances))
+    """Return the nearest level, the lower one of two, in exact arithmetic."""
+    steps = exact_steps(value, qparams)
+    return min(qparams.codebook.levels, key=lambda level: (abs(steps - level), level))
 
 
 # Encoding -------------------------------------------------------------------------------------------
@@ -56,8 +59,19 @@ def nearest(value: float, qparams: CodebookQParams) -> int:
 @UNTIMED
 @given(formats(), st.lists(FLOAT32, min_size=1, max_size=20))
 def test_the_nearest_level_is_coded(qparams: CodebookQParams, values: list[float]) -> None:
-    """For any finite float32 at all, in exact arithmetic; ties and coinciding levels give the lower code."""
-    assert encode(torch.tensor(values), qparams).tolist() == [nearest(value, qparams) for value in values]
+    """For any finite float32 at all, in exact arithmetic; a tie goes to the lower level."""
+    codes = encode(torch.tensor(values), qparams).tolist()
+    assert [qparams.codebook.levels[code] for code in codes] == [nearest(value, qparams) for value in values]
+
+
+@UNTIMED
+@given(formats(), st.lists(FLOAT32, min_size=1, max_size=20))
+@example(CodebookQParams(next(b for b in candidates("adalog", 5) if len(set(b.levels)) < 32), 1.0, 0), [1.2, 1.5])
+def test_a_code_counts_the_thresholds_below(qparams: CodebookQParams, values: list[float]) -> None:
+    """Which of several coinciding levels is coded is this count too, so that integers find the same code."""
+    doubled = [2 * exact_steps(value, qparams) for value in values]
+    below = [sum(threshold < twice for threshold in thresholds(qparams.codebook)) for twice in doubled]
+    assert encode(torch.tensor(values), qparams).tolist() == below
 
 
 @UNTIMED

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.attention import tied_attention
 from support.programs import ProgramBuilder, random_block, random_images, saturate
 from support.twins import TWINS, exact, extremes, run_checked
 
@@ -217,15 +218,24 @@ def _attention(scores: np.ndarray, scale: float, values: np.ndarray) -> tuple[np
     table = b.constant(np.rint(255 * np.exp(-scale * np.arange(256))).astype(np.uint8))
     weights = b.node("exponentials", (codes[0], table), "uint8", (rows, keys))
     total = b.node("row_sum", (weights,), "int32", (rows, 1))
-    common = {"numerator": 2**40}
-    first = b.node("normalize_rows", (weights, total), "uint8", (rows, keys), shift=32, **common, **saturate("uint8"))
+    numerator = b.constant(np.int64([2**40]))
+    first = b.node("normalize_rows", (weights, total, numerator), "uint8", (rows, keys), shift=32, **saturate("uint8"))
     zeros = {"zero_point_a": 0, "zero_point_b": 0, "transpose_b": 0}
     mixed = b.node("matmul", (weights, codes[1]), "int32", (rows, channels), **zeros)
     second = b.node(
-        "normalize_rows", (mixed, total), "int16", (rows, channels), shift=37, **common, **saturate("int16")
+        "normalize_rows", (mixed, total, numerator), "int16", (rows, channels), shift=37, **saturate("int16")
     )
     result = run_checked(b.build(first, second), scores.astype(np.float32), values.astype(np.float32))
     return result[first], result[second]
+
+
+@pytest.mark.parametrize("odds", [(1,), (1, 3, 5)])
+def test_rows_of_each_head_round_exact_ties_up(odds: tuple[int, ...]) -> None:
+    program = tied_attention(odds, 256, "int16")
+    values = np.tile(np.arange(-128, 128), (1, len(odds), 1, 1))
+    found = run_checked(program, values.astype(np.float32))[program.outputs[0][1]]
+    expected = np.floor(values * np.array(odds).reshape(-1, 1, 1) / 2 + 0.5)
+    assert np.array_equal(found, expected)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -12,7 +12,7 @@ from support.published_programs import random_published_block
 
 from quantizers.errors import ProgramError
 from quantizers.integer.bounds import Interval
-from quantizers.integer.interpret import run
+from quantizers.integer.interpret import interpret, run
 from quantizers.integer.program import INTEGER_RANGES, IntegerProgram, TensorType
 from quantizers.integer.verify import verify
 
@@ -77,27 +77,29 @@ def test_values_of_random_programs_lie_within_their_bounds(program: IntegerProgr
     keys=st.integers(1, 20),
     zero_point=st.integers(-128, 127),
     shift=st.integers(1, 62),
-    numerator=st.integers(1, 2**62),
+    numerators=st.lists(st.integers(1, 2**62), min_size=1, max_size=3),
 )
 @settings(max_examples=100, deadline=None)
 def test_the_bound_of_normalized_rows_holds_for_every_table(
-    seed: int, keys: int, zero_point: int, shift: int, numerator: int
+    seed: int, keys: int, zero_point: int, shift: int, numerators: list[int]
 ) -> None:
     """``|sum e v| (numerator // sum e) <= numerator max |v|``, for tables that do not even decay."""
     rng = np.random.default_rng(seed)
-    b = ProgramBuilder(2, keys)
-    b.inputs += (("values", TensorType("float32", (keys, 3))),)
+    heads = len(numerators)
+    b = ProgramBuilder(heads, 2, keys)
+    b.inputs += (("values", TensorType("float32", (heads, keys, 3))),)
     scores, values = (
         b.node("quantize", (name,), "int8", kind.shape, scale=1.0, **saturate("int8")) for name, kind in b.inputs
     )
     table = rng.integers(0, 256, 256).astype(np.uint8)
     table[0] = max(int(table[0]), 1)
-    weights = b.node("exponentials", (scores, b.constant(table)), "uint8", (2, keys))
-    total = b.node("row_sum", (weights,), "int32", (2, 1))
+    weights = b.node("exponentials", (scores, b.constant(table)), "uint8", (heads, 2, keys))
+    total = b.node("row_sum", (weights,), "int32", (heads, 2, 1))
     zeros = {"zero_point_a": 0, "zero_point_b": zero_point, "transpose_b": 0}
-    mixed = b.node("matmul", (weights, values), "int32", (2, 3), **zeros)
+    mixed = b.node("matmul", (weights, values), "int32", (heads, 2, 3), **zeros)
     limits = {"zero_point": 0, "qmin": -(2**31), "qmax": 2**31 - 1}
-    rows = b.node("normalize_rows", (mixed, total), "int32", (2, 3), numerator=numerator, shift=shift, **limits)
+    operands = (mixed, total, b.constant(np.int64(numerators).reshape(heads, 1, 1)))
+    rows = b.node("normalize_rows", operands, "int32", (heads, 2, 3), shift=shift, **limits)
     program = b.build(rows)
     try:
         verify(program)
@@ -108,6 +110,23 @@ def test_the_bound_of_normalized_rows_holds_for_every_table(
     codes = [rng.integers(-128, 128, (4, *kind.shape)).astype(np.float32) for _, kind in b.inputs]
     codes[1][0] = -128.0
     assert_within_bounds(program, *map(torch.from_numpy, codes))
+
+
+def test_the_bound_of_normalized_rows_is_attained_by_the_head_of_the_largest_numerator() -> None:
+    """One key of the lowest code: its exponential divides out, and the sum is ``-128 numerator``."""
+    b = ProgramBuilder(3, 1, 1)
+    x = b.node("quantize", ("image",), "int8", (3, 1, 1), scale=1.0, **saturate("int8"))
+    weights = b.node("exponentials", (x, b.constant(np.full(256, 255, np.uint8))), "uint8", (3, 1, 1))
+    total = b.node("row_sum", (weights,), "int32", (3, 1, 1))
+    zeros = {"zero_point_a": 0, "zero_point_b": 0, "transpose_b": 0}
+    mixed = b.node("matmul", (weights, x), "int32", (3, 1, 1), **zeros)
+    numerators = 255 * np.int64([[[2]], [[2**20]], [[2**10]]])
+    limits = {"zero_point": 0, "qmin": -(2**31), "qmax": 2**31 - 1}
+    rows = b.node("normalize_rows", (mixed, total, b.constant(numerators)), "int32", (3, 1, 1), shift=4, **limits)
+    program = b.build(rows)
+    (found,) = interpret(program, torch.full((1, 3, 1, 1), -128.0))
+    assert found.flatten().tolist() == [-128 * 255 * n // 16 for n in (2, 2**20, 2**10)]
+    assert verify(program)[rows].low == int(found.min())
 
 
 def _layer_norm(width: int, dtype: str, *, gain: int) -> IntegerProgram:

@@ -67,6 +67,11 @@ EDITS: dict[str, tuple[Edit, type[PtqError], str]] = {
         ArtifactError,
         f"the program has format version {FORMAT_VERSION + 1}, this version reads {FORMAT_VERSION}",
     ),
+    "version before numerators of heads": (
+        lambda d: d.update(format_version=2),
+        ArtifactError,
+        f"the program has format version 2, this version reads {FORMAT_VERSION}; quantize it again",
+    ),
     "version as text": (lambda d: d.update(format_version="1"), ArtifactError, "format_version is '1', expected int"),
     "unknown key": (lambda d: d.update(extra=1), ArtifactError, "program: expected the keys .*, found .*'extra'"),
     "missing key": (lambda d: d.pop("outputs"), ArtifactError, "program: expected the keys .*'outputs'"),

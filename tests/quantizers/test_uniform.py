@@ -53,6 +53,22 @@ def test_codes_are_integers_in_range(qparams: UniformQParams, values: list[float
     assert codes.max() <= qparams.qmax
 
 
+@pytest.mark.parametrize("lead", [(), (2,), (2, 5)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_heads_have_their_own_scales(lead: tuple[int, ...], symmetric: bool) -> None:
+    """Whatever stands before the axis of the heads, each has the codes that it has alone with its scale."""
+    spec = QuantSpec(4, symmetric=symmetric, granularity="head")
+    qparams = qparams_from_range([-1.0, -20.0, 0.0], [2.0, 10.0, 0.5], spec)
+    assert (len(qparams.scale), qparams.axis, qparams.scales().shape) == (3, -3, (3, 1, 1))
+    assert len(set(qparams.scale)) == 3
+    x = 15 * torch.randn((*lead, 3, 4, 6), generator=torch.Generator().manual_seed(0))
+    for head, scale in enumerate(qparams.scale):
+        alone = UniformQParams((scale,), qparams.zero_point, qparams.qmin, qparams.qmax)
+        index = (..., head, slice(None), slice(None))
+        assert torch.equal(quantize(x, qparams)[index], quantize(x[index], alone))
+        assert torch.equal(fake_quantize(x, qparams)[index], fake_quantize(x[index], alone))
+
+
 @UNTIMED
 @given(formats(MODERATE), st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_error_inside_the_range_is_half_a_step(qparams: UniformQParams, shares: list[float]) -> None:

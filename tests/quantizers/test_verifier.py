@@ -78,16 +78,17 @@ def layer_norm(width: int = 4, dtype: str = "int16", weight=None, bias=None, **a
     )
 
 
-def softmax(table: np.ndarray, *, end: Callable[[ProgramBuilder, str, str, str], str]) -> IntegerProgram:
-    b, x = start(2, 4)
-    weights = b.node("exponentials", (x, b.constant(table)), "uint8", (2, 4))
-    total = b.node("row_sum", (weights,), "int32", (2, 1))
-    return b.build(end(b, x, weights, total))
+def softmax(table: np.ndarray, shape=(2, 4), numerator=2**30, *, end=None) -> IntegerProgram:
+    """Exponentials and their sums, normalized or as ``end(builder, codes, weights, sums)`` wants them."""
+    b, x = start(*shape)
+    weights = b.node("exponentials", (x, b.constant(table)), "uint8", shape)
+    total = b.node("row_sum", (weights,), "int32", (*shape[:-1], 1))
+    return b.build(end(b, x, weights, total) if end else normalized(b, weights, total, shape, numerator))
 
 
-def normalized(b: ProgramBuilder, x: str, total: str, shape=(2, 4), **attributes) -> str:
-    values = {"numerator": 2**30, "shift": 22, **saturate("uint8")} | attributes
-    return b.node("normalize_rows", (x, total), "uint8", shape, **values)
+def normalized(b: ProgramBuilder, x: str, total: str, shape=(2, 4), numerator=2**30) -> str:
+    operands = (x, total, b.constant(np.atleast_1d(numerator)))
+    return b.node("normalize_rows", operands, "uint8", shape, shift=22, **saturate("uint8"))
 
 
 def mixed_with_zero_point(b: ProgramBuilder, _x: str, weights: str, total: str) -> str:
@@ -432,9 +433,36 @@ BAD: dict[str, tuple[Callable[[], IntegerProgram], str]] = {
         lambda: softmax(DECAY, end=lambda b, _x, w, t: normalized(b, w, t, numerator=0)),
         "numerator is 0, expected 1 to 2^63 - 1",
     ),
-    "numerator beyond int64": (
-        lambda: softmax(DECAY, end=lambda b, _x, w, t: normalized(b, w, t, numerator=2**63)),
-        "numerator is 9223372036854775808",
+    "numerator of one head 0": (
+        lambda: softmax(DECAY, (3, 2, 4), numerator=np.int64([2**30, 0, 1]).reshape(3, 1, 1)),
+        "numerator is 0, expected 1 to 2^63 - 1",
+    ),
+    "numerator of another type": (
+        lambda: softmax(DECAY, end=lambda b, _x, w, t: normalized(b, w, t, numerator=int32(2**30))),
+        "operand c1 is int32[1], expected int64",
+    ),
+    "numerator of a row": (
+        lambda: softmax(DECAY, (3, 2, 4), numerator=np.full((2, 1), 2**30)),
+        "numerator is int64[2, 1], expected one entry for all rows and columns of a head",
+    ),
+    "numerator of a column": (
+        lambda: softmax(DECAY, numerator=np.full(4, 2**30)),
+        "numerator is int64[4], expected one entry for all rows and columns of a head",
+    ),
+    "numerator of other heads": (
+        lambda: softmax(DECAY, (3, 2, 4), numerator=np.full((2, 1, 1), 2**30)),
+        "c1 of shape (2, 1, 1) does not broadcast to (3, 2, 4)",
+    ),
+    "numerator that is a value": (
+        lambda: softmax(
+            DECAY,
+            end=lambda b, _x, w, t: b.node("normalize_rows", (w, t, t), "uint8", (2, 4), shift=22, **saturate("uint8")),
+        ),
+        "numerator must be a constant, got the value v2",
+    ),
+    "numerator of one head that overflows": (
+        lambda: softmax(DECAY, (3, 2, 4), numerator=np.int64([1, 2**63 - 1, 1]).reshape(3, 1, 1)),
+        "could overflow int64: an intermediate reaches",
     ),
     "numerator that overflows with the half": (
         lambda: softmax(DECAY, end=lambda b, _x, w, t: normalized(b, w, t, numerator=2**63 - 1)),

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from calibration.engine import Calibrated, calibrate
+from calibration.calibrated import Calibrated
+from calibration.engine import calibrate
 from calibration.graph import Graph
 from calibration.rules import Recipe, Rule
 from calibration.trace import trace
@@ -81,6 +82,7 @@ class _Logits(nn.Module):
 
 
 def _transformers() -> nn.Module:
+    _declare_torchvision_operators()
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(
         hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=48, image_size=32, patch_size=8

@@ -162,12 +162,13 @@ def random_block(
     mixed = b.node(
         "matmul", (weights, value), "int32", (heads, tokens, head_dim), zero_point_a=0, zero_point_b=-3, transpose_b=0
     )
+    # Of all heads, or of each.
+    numerators = rng.integers(2**36, 2**38, (heads, 1, 1) if seed % 2 else (1,))
     mixed = b.node(
         "normalize_rows",
-        (mixed, total),
+        (mixed, total, b.constant(numerators)),
         "int8",
         (heads, tokens, head_dim),
-        numerator=int(rng.integers(2**36, 2**38)),
         shift=37,
         **saturate("int8"),
     )
@@ -193,10 +194,9 @@ def random_block(
         return b.build(*results)
     normalized = b.node(
         "normalize_rows",
-        (weights, total),
+        (weights, total, b.constant(np.int64([2**30]))),
         "uint8",
         (heads, tokens, tokens),
-        numerator=2**30,
         shift=22,
         zero_point=0,
         qmin=0,

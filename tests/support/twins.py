@@ -77,8 +77,8 @@ def row_sum(_a, x):
     return x.sum(axis=-1, keepdims=True)
 
 
-def normalize_rows(a, x, total):
-    return _elementwise(lambda v, s: saturate(half_up(v * (a["numerator"] // s), a["shift"]), a), x, total)
+def normalize_rows(a, x, total, numerator):
+    return _elementwise(lambda v, s, n: saturate(half_up(v * (n // s), a["shift"]), a), x, total, numerator)
 
 
 def layer_norm(a, x, weight, bias):

@@ -205,10 +205,10 @@ def test_softmax_operators(check):
         table = np.rint(first * np.exp(-0.02 * np.arange(256))).astype(np.uint8)
         e = b.node("exponentials", (x, b.constant(table)), "uint8", (2, 3, WIDTH))
         total = b.node("row_sum", (e,), "int32", (2, 3, 1))
-        for numerator, shift in ((1, 1), (2**31, 24), (2**60, 55)):
+        for numerator, shift in (([1], 1), ([2**31], 24), ([2**60], 55), ([[[2**60]], [[1]]], 55)):
             outputs.append(
-                b.node("normalize_rows", (e, total), "uint8", (2, 3, WIDTH), numerator=numerator, shift=shift,
-                       **saturate("uint8", 2))
+                b.node("normalize_rows", (e, total, b.constant(np.array(numerator))), "uint8", (2, 3, WIDTH),
+                       shift=shift, **saturate("uint8", 2))
             )  # fmt: skip
         outputs += [e, total]
     run(b, outputs, check)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.attention import Shape, attention_program, mlp_program
+from support.attention import Shape, attention_program, mlp_program, tied_attention
 
 from quantizers.integer.interpret import interpret
 from quantizers.integer.program import IntegerProgram
@@ -26,6 +26,7 @@ shapes = st.builds(
     heads=st.integers(1, 3),
     head_dim=st.sampled_from([1, 5, 8, 16, 31, 32, 48, 64, 80]),
     seed=st.integers(0, 2**32 - 1),
+    windows=st.one_of(st.none(), st.integers(1, 4)),
 )
 relaxed = settings(
     max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
@@ -63,10 +64,24 @@ def test_linears_with_epilogues(shape: Shape, batch: int, target: str) -> None:
     compare(mlp_program(shape), target, batch, shape.seed)
 
 
-def test_attention_is_one_kernel() -> None:
-    bundle = build(attention_program(Shape(7, 2, 8, 0)))
-    assert "attention" in [call.operators for call in bundle.schedule.calls]
-    assert not any("matmul" in call.operators for call in bundle.schedule.calls)
+@pytest.mark.parametrize("windows", [None, 3])
+@pytest.mark.parametrize(("seed", "entries"), [(0, 1), (3, 2)])
+def test_attention_is_one_kernel(seed: int, entries: int, windows: int | None) -> None:
+    program = attention_program(Shape(7, 2, 8, seed, windows))
+    numerators = [program.constants[node.inputs[2]].size for node in program.nodes if node.op == "normalize_rows"]
+    assert numerators == [entries]
+    calls = [call.operators for call in build(program).schedule.calls]
+    assert "attention" in calls
+    assert not any("matmul" in operators for operators in calls)
+
+
+@pytest.mark.parametrize("target", RUNNABLE)
+def test_exact_ties_of_each_head_go_up(target: str) -> None:
+    program = tied_attention((1, 3, 5), 70)
+    codes = np.arange(-128, 128).repeat(210)[::-1].reshape(-1, 3, 1, 70).astype(np.float32)
+    (found,) = CompiledProgram(build(program, target))(codes)
+    expected = np.floor(codes * np.array([1, 3, 5]).reshape(-1, 1, 1) / 2 + 0.5).clip(-128, 127)
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_epilogues_are_part_of_their_linears() -> None:

@@ -3,7 +3,7 @@
 A first parallel loop packs the keys and the values of every head as the dot-product instruction reads them. A
 second one goes through tiles of queries: their scores are requantized to codes in a small row buffer, which the
 table of exponentials turns into un-normalized probabilities; these multiply the values, and each row is divided
-once by its sum.
+once by its sum. Where the reader has a codebook, a table of 256 entries turns the codes into its levels.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import numpy as np
 from quantizers.integer.program import INTEGER_RANGES, Node
 from tvm_backend.imports import import_tvm
 from tvm_backend.kernels.cpu.arithmetic import cast, literal, saturate, shift_round
-from tvm_backend.kernels.cpu.byte_table import WIDTH, by_unsigned_code, join, look_up
+from tvm_backend.kernels.cpu.byte_table import WIDTH, TableStore, by_unsigned_code, join, look_up, store_part
 from tvm_backend.kernels.cpu.dot import DOTS, Dot
 from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, local, script
 from tvm_backend.kernels.cpu.pack import Packed, pack_columns, pack_rows
 from tvm_backend.kernels.cpu.panel import Panel
 from tvm_backend.kernels.cpu.rescale import rescale
 from tvm_backend.kernels.cpu.score_stages import ScoreStage, ScoreWriter
+from tvm_backend.kernels.cpu.softmax import Numerators
 from tvm_backend.kernels.kernel import Array, Kernel, Layout, Operand
 from tvm_backend.strides import Strided
 from tvm_backend.targets import CpuTarget
@@ -42,12 +43,14 @@ class Attention:
         table: of ``exponentials``.
         product: ``matmul`` of the exponentials and the values.
         normalize: ``normalize_rows``.
+        numerator: of ``normalize_rows``, one entry or one for each of the leading axes.
+        levels: table of the ``lookup`` that alone reads its codes, if one does.
         narrow_reciprocal: whether ``numerator // sum`` and the quotients are proved to fit int32.
         query: queries in operand 0, axes (*lead, queries, depth).
         key: keys in operand 1, axes (*lead, keys, depth).
         value: values in operand 2, axes (*lead, keys, channels).
         result: the mixture in the result, axes (*lead, queries, channels).
-        result_node: last node, ``normalize`` or a view of it, whose value the kernel computes.
+        result_node: last node, ``normalize``, its ``lookup`` or a view, whose value the kernel computes.
         depth: channels of queries and keys.
     """
 
@@ -56,6 +59,8 @@ class Attention:
     table: Array = field(repr=False)
     product: Node
     normalize: Node
+    numerator: Array = field(repr=False)
+    levels: Array | None = field(repr=False)
     narrow_reciprocal: bool
     query: Strided
     key: Strided
@@ -101,7 +106,7 @@ class _Writer:
     def kernel(self) -> Kernel:
         tirx, rule = script(), self.rule
         flat = Layout(1, (int(np.prod(rule.result_node.type.shape)),))
-        function = Function(rule.result_node, self.operands, flat, rule.normalize.type.dtype)
+        function = Function(rule.result_node, self.operands, flat)
         count = int(np.prod(self.lead))
         with function.body():
             sources: dict[int, Buffer] = {}
@@ -113,10 +118,14 @@ class _Writer:
                 buffers.append(sources[same])
             table = by_unsigned_code(rule.table, "uint8")
             self.table = function.constant(table)
+            self.numerators = Numerators(rule.numerator, function, self.lead)
             self.stages = [ScoreWriter(stage, function, self.lead, self.keys, self.dot.lanes) for stage in rule.stages]
             mask = np.zeros(WIDTH, np.int8)
             mask[: self.keys - (self.padded_keys - WIDTH)] = -1
             self.mask = function.constant(mask)
+            self.levels: TableStore | None = None
+            if rule.levels is not None:
+                self.levels = TableStore(rule.levels, rule.normalize.type.dtype, function, self.target)
             result = function.result()
             items = function.rows * count
             keys, values = self._pack(buffers, items, count)
@@ -124,6 +133,7 @@ class _Writer:
             blocks = -(-tiles // _TILES_PER_TASK)
             with tirx.parallel(items * blocks) as task:
                 item, block = task // blocks, task % blocks
+                numerator = self.numerators.of(item % count)
                 rows = tirx.alloc_buffer((_ROWS, self.padded_keys), "uint8", scope="global")
                 if self.padded_keys > self.score_vectors * self.dot.lanes:
                     # Score tiles never write these, and lookups read them.
@@ -142,7 +152,8 @@ class _Writer:
                         at = [tirx.min(first + i, self.queries - 1) for i in range(_ROWS)]
                         self._scores(panel, at, keys, item, count, rows)
                         sums = self._exponentials(rows)
-                        self._mix(result, at, rows, sums, values, item, count)
+                        reciprocals = self._reciprocals(numerator, sums)
+                        self._mix(result, at, rows, reciprocals, values, item, count)
         return function.kernel()
 
     def _lead_index(self, item: Expr, count: int, view: Strided) -> Expr:
@@ -273,18 +284,21 @@ class _Writer:
             tirx.buffer_store(rows, literal(0, "uint8"), [i, j])
         tirx.buffer_store(sums, total[0], [i])
 
-    def _mix(
-        self, result: Buffer, at: Sequence[Expr], rows: Buffer, sums: Buffer, values: Packed, item: Expr, count: int
-    ) -> None:
-        tirx, dot, node = script(), self.dot, self.rule.normalize
-        lanes = dot.lanes
+    def _reciprocals(self, numerator: Expr, sums: Buffer) -> Buffer:
         wide = "int32" if self.rule.narrow_reciprocal else "int64"
         reciprocals = local(_ROWS, wide)
-        numerator = literal(node.integer("numerator"), "int64")
         for i in range(_ROWS):
             # Both are positive, where truncation is the floor.
             quotient = import_tvm("tvm.tirx").truncdiv(numerator, cast(sums[i], "int64"))
-            tirx.buffer_store(reciprocals, cast(quotient, wide), [i])
+            script().buffer_store(reciprocals, cast(quotient, wide), [i])
+        return reciprocals
+
+    def _mix(
+        self, result: Buffer, at: Sequence[Expr], rows: Buffer, reciprocals: Buffer, values: Packed, item: Expr,
+        count: int,
+    ) -> None:  # fmt: skip
+        tirx, dot = script(), self.dot
+        lanes = dot.lanes
         panel = Panel(dot, rows, lambda row, k: [row, k], "uint8", values.groups * dot.group, _ROWS)
         read = panel.fill(list(range(_ROWS)))
         zero_right = values.zero_points(self.rule.product, "uint8")[1]
@@ -297,16 +311,17 @@ class _Writer:
                 totals = values.multiply(item, vector, width, read, _ROWS, terms)
                 for i, vectors in enumerate(totals):
                     codes = [self._divided(v, reciprocals[i], lanes) for v in vectors]
-                    joined = join(codes, lanes)
-                    columns = self.channels - (first + (tiles - 1) * width) * lanes
-                    if columns >= width * lanes:
-                        sample, start = place(at[i], vector * lanes)
-                        tirx.buffer_store(result, joined, [sample, tirx.ramp(start, 1, width * lanes)])
-                        continue
-                    part = local(width * lanes, node.type.dtype)
-                    tirx.buffer_store(part, joined, [tirx.ramp(0, 1, width * lanes)])
-                    with tirx.serial(tirx.min(width * lanes, self.channels - vector * lanes)) as j:
-                        tirx.buffer_store(result, part[j], place(at[i], vector * lanes + j))
+                    start = place(at[i], vector * lanes)
+                    whole = self.channels - (first + (tiles - 1) * width) * lanes >= width * lanes
+                    columns = width * lanes if whole else tirx.min(width * lanes, self.channels - vector * lanes)
+                    if self.levels is not None:
+                        self.levels.store(result, start, codes, lanes, columns)
+                    elif whole:
+                        sample, channel = start
+                        place_of_all = [sample, tirx.ramp(channel, 1, width * lanes)]
+                        tirx.buffer_store(result, join(codes, lanes), place_of_all)
+                    else:
+                        store_part(result, start, join(codes, lanes), width * lanes, columns)
 
     def _divided(self, sums: Expr, reciprocal: Expr, lanes: int) -> Expr:
         tirx, node = script(), self.rule.normalize

@@ -9,7 +9,7 @@ import numpy as np
 
 from quantizers.integer.program import Node
 from tvm_backend.kernels.cpu.arithmetic import cast, literal, minus
-from tvm_backend.kernels.cpu.byte_table import WIDTH, by_unsigned_code, join, look_up
+from tvm_backend.kernels.cpu.byte_table import TableStore, join, store_part
 from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, local, script
 from tvm_backend.kernels.cpu.rescale import operand_zero_point, rescale
 from tvm_backend.kernels.kernel import Array, Layout
@@ -69,8 +69,8 @@ class Finisher:
             target: decides how tables are read.
         """
         self._epilogue, self._lanes = epilogue, lanes
-        self._multiplier = self._addend = self._addend_multiplier = self._table = None
-        self._wide_table = target.byte_tables
+        self._multiplier = self._addend = self._addend_multiplier = None
+        self._table: TableStore | None = None
         rule = epilogue.rescale
         if rule is not None:
             self._multiplier = _column_constant(function, rule.multiplier, count, padded)
@@ -80,7 +80,7 @@ class Finisher:
                 self._addend_multiplier = _column_constant(function, rule.addend_multiplier, count, padded)
         if epilogue.table is not None:
             assert rule is not None
-            self._table = function.constant(by_unsigned_code(epilogue.table, rule.node.type.dtype))
+            self._table = TableStore(epilogue.table, rule.node.type.dtype, function, target)
 
     def finish(self, result: Buffer, row: Expr, column: Expr, sums: Sequence[Expr], columns: int) -> None:
         """Store one row of a tile.
@@ -97,40 +97,12 @@ class Finisher:
             self._codes(value, row, column + v * lanes, min(lanes, columns - v * lanes)) for v, value in enumerate(sums)
         ]
         width = len(values) * lanes
-        whole = columns == width
-        dtype = self._epilogue.dtype
-        if self._table is not None and self._wide_table and width <= WIDTH:
-            # Fewer codes than a lookup takes are repeated.
-            padding = [values[-1]] * (WIDTH // lanes - len(values))
-            codes = tirx.reinterpret(join([*values, *padding], lanes), dtype=f"int8x{WIDTH}")
-            entries = tirx.reinterpret(look_up(self._table, codes), dtype=f"{dtype}x{WIDTH}")
-            if whole and width == WIDTH:
-                tirx.buffer_store(result, entries, [row, tirx.ramp(column, 1, WIDTH)])
-                return
-            self._store_part(result, row, column, entries, WIDTH, columns)
-        elif self._table is not None:
-            codes = local(width, "uint8")
-            joined = join(values, lanes)
-            unsigned = joined if self._code_dtype == "uint8" else tirx.reinterpret(joined, dtype=f"uint8x{width}")
-            tirx.buffer_store(codes, unsigned, [tirx.ramp(0, 1, width)])
-            with tirx.serial(columns) as j:
-                tirx.buffer_store(result, self._table[cast(codes[j], "int32")], [row, column + j])
-        elif whole:
+        if self._table is not None:
+            self._table.store(result, (row, column), values, lanes, columns)
+        elif columns == width:
             tirx.buffer_store(result, join(values, lanes), [row, tirx.ramp(column, 1, width)])
         else:
-            self._store_part(result, row, column, join(values, lanes), width, columns)
-
-    @property
-    def _code_dtype(self) -> str:
-        rule = self._epilogue.rescale
-        return "int32" if rule is None else rule.node.type.dtype
-
-    def _store_part(self, result: Buffer, row: Expr, column: Expr, values: Expr, width: int, columns: int) -> None:
-        tirx = script()
-        part = local(width, self._epilogue.dtype)
-        tirx.buffer_store(part, values, [tirx.ramp(0, 1, width)])
-        with tirx.serial(columns) as j:
-            tirx.buffer_store(result, part[j], [row, column + j])
+            store_part(result, (row, column), join(values, lanes), width, columns)
 
     def _codes(self, sums: Expr, row: Expr, column: Expr, columns: int) -> Expr:
         tirx, lanes, rule = script(), self._lanes, self._epilogue.rescale

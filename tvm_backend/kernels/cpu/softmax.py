@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+
+import numpy as np
 
 from quantizers.integer.program import INTEGER_RANGES, Node
 from tvm_backend.imports import import_tvm
 from tvm_backend.kernels.cpu.arithmetic import cast, literal, saturate, shift_round
-from tvm_backend.kernels.cpu.function import Function, local, script
-from tvm_backend.kernels.kernel import Kernel, Layout, Operand
+from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, local, script
+from tvm_backend.kernels.kernel import Array, Kernel, Layout, Operand
 from tvm_backend.targets import CpuTarget
 
 
@@ -49,18 +52,43 @@ def emit_row_sum(node: Node, operands: Sequence[Operand], _target: CpuTarget) ->
     return function.kernel()
 
 
+class Numerators:
+    """What the sums of rows divide, inside a kernel: a literal, or an argument with one entry for each head."""
+
+    def __init__(self, numerator: Array, function: Function, lead: tuple[int, ...]) -> None:
+        self.heads = math.prod(lead)
+        self._entries = numerator.reshape(-1)
+        self._argument: Buffer | None = None
+        if self._entries.size > 1:
+            self._argument = function.constant(np.broadcast_to(numerator, (*lead, 1, 1)).reshape(-1))
+
+    def of(self, head: Expr) -> Expr:
+        """Return the numerator of a head, read here and held for as long as the surrounding loop runs.
+
+        Args:
+            head: index into the leading axes, flattened.
+        """
+        if self._argument is None:
+            return literal(int(self._entries[0]), "int64")
+        held = local(1, "int64")
+        script().buffer_store(held, self._argument[head], [0])
+        return held[0]
+
+
 def emit_normalize_rows(node: Node, operands: Sequence[Operand], _target: CpuTarget) -> Kernel:
     """``saturate((x (numerator // sum) + 2^(shift-1)) >> shift)``."""
     tirx = script()
     layout = Layout.matrix(node.type.shape)
+    *lead, rows, _ = (1, *node.type.shape) if len(node.type.shape) == 1 else node.type.shape
     function = Function(node, operands, layout)
     with function.body():
         x, total = function.value(0, layout), function.value(1, Layout.matrix(operands[1].type.shape))
+        numerators = Numerators(operands[2].constant(), function, tuple(lead))
         result = function.result()
         with tirx.parallel(function.rows) as row:
             reciprocal = local(1, "int64")
-            numerator = literal(node.integer("numerator"), "int64")
             # Both are positive, where truncation is the floor.
+            numerator = numerators.of(row // rows % numerators.heads)
             quotient = import_tvm("tvm.tirx").truncdiv(numerator, cast(total[row, 0], "int64"))
             tirx.buffer_store(reciprocal, quotient, [0])
             with tirx.serial(layout.tail[0]) as column:

@@ -1,0 +1,1 @@
+"""Searches: from statistics, sampled activations and weights to the parameters of a format."""
