@@ -18,7 +18,7 @@ from tvm_backend.imports import import_tvm
 from tvm_backend.kernels.cpu.arithmetic import cast, literal, saturate, shift_round
 from tvm_backend.kernels.cpu.byte_table import WIDTH, TableStore, by_unsigned_code, join, look_up, store_part
 from tvm_backend.kernels.cpu.dot import DOTS, Dot
-from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, local, script
+from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, local, once, script
 from tvm_backend.kernels.cpu.pack import Packed, pack_columns, pack_rows
 from tvm_backend.kernels.cpu.panel import Panel
 from tvm_backend.kernels.cpu.rescale import rescale
@@ -132,7 +132,7 @@ class _Writer:
             tiles = -(-self.queries // _ROWS)
             blocks = -(-tiles // _TILES_PER_TASK)
             with tirx.parallel(items * blocks) as task:
-                item, block = task // blocks, task % blocks
+                item, block = once(task // blocks), once(task % blocks)
                 numerator = self.numerators.of(item % count)
                 rows = tirx.alloc_buffer((_ROWS, self.padded_keys), "uint8", scope="global")
                 if self.padded_keys > self.score_vectors * self.dot.lanes:
@@ -149,7 +149,7 @@ class _Writer:
                 with tirx.serial(_TILES_PER_TASK) as step:
                     first = (block * _TILES_PER_TASK + step) * _ROWS
                     with tirx.If(first < self.queries), tirx.Then():
-                        at = [tirx.min(first + i, self.queries - 1) for i in range(_ROWS)]
+                        at = [once(tirx.min(first + i, self.queries - 1)) for i in range(_ROWS)]
                         self._scores(panel, at, keys, item, count, rows)
                         sums = self._exponentials(rows)
                         reciprocals = self._reciprocals(numerator, sums)
@@ -167,8 +167,8 @@ class _Writer:
         return index
 
     def _index(self, view: Strided, item: Expr, count: int) -> Callable[[Expr, Expr], list[Expr]]:
-        base = self._lead_index(item, count, view)
-        return lambda row, channel: [item // count, base + row * view.strides[-2] + channel]
+        sample, base = once(item // count), once(self._lead_index(item, count, view))
+        return lambda row, channel: [sample, base + row * view.strides[-2] + channel]
 
     def _pack(self, buffers: Sequence[Buffer], items: Expr, count: int) -> tuple[Packed, Packed]:
         tirx, rule, dot = script(), self.rule, self.dot

@@ -35,6 +35,20 @@ def local(length: int, dtype: str) -> Buffer:
     return script().alloc_buffer((length,), dtype, scope="global")
 
 
+def once(value: Expr) -> Expr:
+    """Return a value that is computed once, here.
+
+    A kernel without it computes the same, but TVM writes an expression out in every subscript that it occurs in, bound
+    to a variable or not, and then spends most of a build on simplifying subscripts.
+
+    Args:
+        value: an int64 expression, such as a row that many subscripts name.
+    """
+    cell = local(1, "int64")
+    script().buffer_store(cell, value, [0])
+    return cell[0]
+
+
 def prefetch_line(address: Expr) -> None:
     """Emit a request for a cache line that will be read soon; any address is allowed."""
     tirx = script()

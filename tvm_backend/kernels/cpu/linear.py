@@ -11,7 +11,7 @@ from quantizers.integer.program import Node
 from tvm_backend.imports import import_tvm
 from tvm_backend.kernels.cpu.dot import DOTS, Tile
 from tvm_backend.kernels.cpu.epilogue import Epilogue, Finisher
-from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, prefetch_line, script
+from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, once, prefetch_line, script
 from tvm_backend.kernels.cpu.narrow_weights import Spread, narrow, needed_bits
 from tvm_backend.kernels.cpu.panel import Panel
 from tvm_backend.kernels.kernel import Array, Kernel, Layout, Operand
@@ -101,7 +101,7 @@ class _Task:
         tirx, tile = script(), self.tile
         first_row, groups = row_tile * tile.rows, tile.groups(self.depth)
         # Rows beyond the end repeat the last one, and store the same numbers again.
-        rows = [tirx.min(first_row + i, self.rows - 1) for i in range(tile.rows)]
+        rows = [once(tirx.min(first_row + i, self.rows - 1)) for i in range(tile.rows)]
         sums = tile.accumulators()
         lanes = tile.dot.lanes
         used = range(-(-columns // lanes))
@@ -161,13 +161,13 @@ def emit_linear(node: Node, operands: Sequence[Operand], target: CpuTarget, epil
         per_task = (row_tiles + (chunks - 1)) // chunks
         rest = count - (tiles - 1) * tile.width
         with tirx.parallel(chunks * tiles) as index:
-            chunk = choose(by_rows, index // tiles, index % chunks)
-            column_tile = choose(by_rows, index % tiles, index // chunks)
+            chunk = once(choose(by_rows, index // tiles, index % chunks))
+            column_tile = once(choose(by_rows, index % tiles, index // chunks))
             loader = _Weights(tile, stored, bits, packed[0].size, column_tile, tiles)
             panel = Panel(dot, codes, lambda row, k: [row, k], x.type.dtype, depth, tile.rows)
             task = _Task(tile, depth, panel, loader, starts, result, function.rows, finisher)
             with tirx.serial(per_task) as step:
-                row_tile = chunk * per_task + step
+                row_tile = once(chunk * per_task + step)
                 with tirx.If(row_tile < row_tiles), tirx.Then():
                     if rest == tile.width:
                         task.run(row_tile, choose(by_rows, step, row_tile), column_tile, tile.width)
