@@ -129,6 +129,16 @@ class Quantized:
 
         export_onnx(self.calibrated, Path(path), self.metadata())
 
+    def export_onnx_integer(self, path: str | Path) -> None:
+        """Write the integer program in standard ONNX operators, equal to :meth:`integer` in every bit; opset 20.
+
+        Raises:
+            UsageError: the file exists.
+        """
+        from ptq.onnx_integer import export_onnx_integer
+
+        export_onnx_integer(self.program, Path(path), self.metadata())
+
     def metadata(self) -> dict[str, str]:
         """Return what exported files carry: recipe, calibration fingerprint, source hash, tool version."""
         return {

@@ -32,7 +32,8 @@ def open_backend(target: Target, backend: str, threads: int | None = None) -> Ca
         return _first(quantized.compile("cpu", threads))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        quantized.export_onnx(path)
+        write = quantized.export_onnx_integer if backend == "onnx-integer" else quantized.export_onnx
+        write(path)
         return open_onnx(path, threads)
 
 

@@ -11,8 +11,8 @@ from ptq.commands.options import open_artifact
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--format", "format_name", type=click.Choice(("onnx", "tvm")), required=True)
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="File (onnx) or directory (tvm).")
+@click.option("--format", "format_name", type=click.Choice(("onnx", "onnx-integer", "tvm")), required=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="File (ONNX) or directory (tvm).")
 @click.option(
     "--target",
     default="cpu",
@@ -20,13 +20,19 @@ from ptq.commands.options import open_artifact
     help="For tvm: cpu is this machine; else a name such as x86-64-avx2 or aarch64-dotprod; an unknown name lists all.",
 )
 def export(out: Path, format_name: str, output: Path, target: str) -> None:
-    """Export OUT as an INT8 ONNX file, or as a compiled bundle that runs without torch."""
+    """Export OUT as an INT8 ONNX file, or as a compiled bundle that runs without torch.
+
+    onnx has quantize and dequantize nodes, which runtimes turn into their own integer kernels. onnx-integer is the
+    integer program itself in standard integer operators: slower, and equal to the interpreter in every bit.
+    """
     from ptq.artifact import refuse_existing
 
     quantized = open_artifact(out)
     refuse_existing(output)
     if format_name == "onnx":
         quantized.export_onnx(output)
+    elif format_name == "onnx-integer":
+        quantized.export_onnx_integer(output)
     else:
         quantized.export_tvm(output, target)
     click.echo(f"wrote {output}")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 DATA_HELP = "Folder of images, a .npz with images and labels, or package.module:callable."
-BACKENDS = ("float", "simulate", "integer", "tvm", "onnxruntime")
+BACKENDS = ("float", "simulate", "integer", "tvm", "onnxruntime", "onnx-integer")
 
 
 def json_option(function: Function) -> Function:

@@ -15,7 +15,7 @@ from ptq.commands.options import DATA_HELP, Target, batch_option, json_option, o
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--data", required=True, help=DATA_HELP)
-@click.option("--backend", type=click.Choice(("tvm",)), default="tvm", show_default=True)
+@click.option("--backend", type=click.Choice(("tvm", "onnx-integer")), default="tvm", show_default=True)
 @click.option("--limit", type=click.IntRange(1), help="Use this many of the images.")
 @batch_option
 @json_option

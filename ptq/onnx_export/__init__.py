@@ -23,14 +23,11 @@ fuse attention. The file is therefore close to the simulation and not equal to i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import onnx
-
 from calibration.calibrated import Calibrated
-from ptq.artifact import refuse_existing
+from ptq.onnx_export.files import write_model
 from ptq.onnx_export.model import build_model
 from quantizers.errors import UsageError
 
@@ -47,24 +44,15 @@ def export_onnx(calibrated: Calibrated, path: Path, metadata: Mapping[str, str])
         metadata: texts that the file carries as ``metadata_props``.
 
     Raises:
-        UsageError: the path exists, or the recipe asks for the published integer forms, which ONNX cannot express.
+        UsageError: the path exists, or the recipe asks for the published integer forms, which QDQ cannot express.
     """
     if calibrated.recipe.nonlinear == "published":
         raise UsageError(
             f"recipe {calibrated.recipe.name} uses the published integer forms of softmax, GELU and LayerNorm, which "
-            "ONNX operators cannot compute; export with '--format tvm', or quantize with a method whose forms are "
-            "corrected, such as minmax"
+            "a QDQ file cannot compute; export with '--format onnx-integer' or '--format tvm', or quantize with a "
+            "method whose forms are corrected, such as minmax"
         )
-    refuse_existing(path)
-    model = build_model(calibrated, metadata)
-    onnx.checker.check_model(model, full_check=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(model.SerializeToString(deterministic=True))
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_model(lambda: build_model(calibrated, metadata), path)
 
 
 __all__ = ["export_onnx"]

@@ -57,7 +57,7 @@ def test_the_same_run_writes_the_same_bytes_at_any_batch_size(workspace: Path) -
         assert (workspace / "again" / name).read_bytes() == (workspace / "out" / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("backend", ["float", "simulate", "integer", "tvm", "onnxruntime"])
+@pytest.mark.parametrize("backend", ["float", "simulate", "integer", "tvm", "onnxruntime", "onnx-integer"])
 def test_evaluate_reports_every_backend(workspace: Path, capsys: pytest.CaptureFixture[str], backend: str) -> None:
     """The JSON holds the documented keys, and integers agree with float on nearly all images."""
     result = json_of(
@@ -70,10 +70,13 @@ def test_evaluate_reports_every_backend(workspace: Path, capsys: pytest.CaptureF
     assert 0.85 <= result["agreement"] <= 1
 
 
-def test_verify_finds_tvm_equal(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """TVM gives the interpreter's bits."""
-    result = json_of(capsys, "verify", str(workspace / "out"), "--data", str(workspace / "data.npz"))
-    assert result == {"backend": "tvm", "n": 24, "equal": True, "max_abs_diff": 0.0}
+@pytest.mark.parametrize("backend", ["tvm", "onnx-integer"])
+def test_verify_finds_integers_equal(workspace: Path, capsys: pytest.CaptureFixture[str], backend: str) -> None:
+    """TVM, and ONNX Runtime with the integer file, give the interpreter's bits."""
+    result = json_of(
+        capsys, "verify", str(workspace / "out"), "--data", str(workspace / "data.npz"), "--backend", backend
+    )
+    assert result == {"backend": backend, "n": 24, "equal": True, "max_abs_diff": 0.0}
 
 
 def test_inspect_names_codebooks(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +137,9 @@ def test_the_page_of_methods_holds_the_table() -> None:
     assert [name for name, default in rows if default] == [DEFAULT_METHOD]
 
 
-@pytest.mark.parametrize(("format_name", "name"), [("onnx", "model.onnx"), ("tvm", "bundle")])
+@pytest.mark.parametrize(
+    ("format_name", "name"), [("onnx", "model.onnx"), ("onnx-integer", "integer.onnx"), ("tvm", "bundle")]
+)
 def test_export_writes_once(workspace: Path, capsys: pytest.CaptureFixture[str], format_name: str, name: str) -> None:
     """An export is written, and never over something that exists."""
     output = workspace / name
