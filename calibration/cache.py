@@ -15,7 +15,7 @@ from torch import Tensor
 Key = tuple[str, str, int]
 
 #: Bytes that activations may take in memory where the user says nothing.
-DEFAULT_MEMORY_LIMIT = 256 << 20
+DEFAULT_MEMORY_LIMIT = 128 << 20
 _PREFIX = "activations-"
 
 

@@ -221,19 +221,20 @@ def _unary(operation: Operation, x: Tensor) -> Tensor:
     return UNARY_FUNCTIONS[str(operation.attributes["function"])](x)
 
 
-def _aligned(operation: Operation, *operands: Tensor) -> list[Tensor]:
+def aligned(operation: Operation, *operands: Tensor) -> list[Tensor]:
+    """Give operands the rank of the result, with axes of extent 1 behind the batch."""
     # Operands of lower rank broadcast over leading sample axes, which stand after the batch axis.
     rank = len(operation.shape)
     return [x.reshape(x.shape[0], *(1,) * (rank + 1 - x.ndim), *x.shape[1:]) for x in operands]
 
 
 def _add(operation: Operation, a: Tensor, b: Tensor) -> Tensor:
-    left, right = _aligned(operation, a, b)
+    left, right = aligned(operation, a, b)
     return left + right
 
 
 def _multiply(operation: Operation, a: Tensor, b: Tensor) -> Tensor:
-    left, right = _aligned(operation, a, b)
+    left, right = aligned(operation, a, b)
     return left * right
 
 

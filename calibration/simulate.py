@@ -1,25 +1,42 @@
 """simulate: run the float graph with every site fake-quantized, which is what papers report.
 
+It predicts the integer program, and at 4 bits a prediction has to be exact: where one code of a token falls to the
+other side of a tie, other features follow. So it runs in float64, in which the sums of the program, integers of up to
+31 bits times a scale, are exact (float32 moves one 16-bit residual in a thousand by a step); it adds biases as the
+program holds them, in whole steps of input times weight; and it rounds what LayerNorm normalizes to the 20 fraction
+bits of the program. With the factors of the program's multipliers residuals are rounded as there. What it leaves out
+lies below these: multipliers of 8-bit results, and reciprocals of row sums.
+
 Where the recipe asks for the published forms of I-ViT, they are computed as in :mod:`calibration.published`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from calibration.apply import apply
-from calibration.calibrated import Calibrated
-from calibration.graph import Operation, execute
+from calibration.calibrated import Calibrated, QParams
+from calibration.graph import EXECUTORS, VIEWS, Executor, Operation, aligned, execute
+from calibration.integerize.scales import Scales
 from calibration.published import PUBLISHED_OPERATORS, published_executors
-from calibration.sites import OUTPUT
+from calibration.sites import OUTPUT, Edge
+from quantizers.codebook import CodebookQParams
+from quantizers.integer.ops import LAYER_NORM_FRACTION_BITS
+from quantizers.uniform import UniformQParams, dequantize, quantize
+
+#: What an input of the program passes through before it is quantized, in float32 as in the program.
+_BEFORE_THE_DOOR = VIEWS | {"scale"}
 
 
 @torch.no_grad()
 def simulate(
-    calibrated: Calibrated, inputs: Sequence[Tensor], published: Collection[str] = PUBLISHED_OPERATORS
+    calibrated: Calibrated,
+    inputs: Sequence[Tensor],
+    published: Collection[str] = PUBLISHED_OPERATORS,
+    factors: Mapping[str, tuple[Scales, ...]] | None = None,
 ) -> tuple[Tensor, ...]:
     """Run the simulation.
 
@@ -28,6 +45,7 @@ def simulate(
         inputs: float32 tensors ``(batch, *shape)``.
         published: the operators that take their published form where the recipe asks for it; all by default. The others
             are float functions of fake-quantized values, so that one operator's share of a loss can be told.
+        factors: what :func:`calibration.integerize.multiplier_factors` returns; exact ratios where None.
 
     Returns:
         One float32 tensor for each output.
@@ -38,20 +56,57 @@ def simulate(
 
     def on_edge(operation: Operation, position: int, value: Tensor) -> Tensor:
         qparams = formats.get((operation.name, position))
-        if qparams is None:
-            return value
         name = operation.inputs[position]
+        if operation.op in ("linear", "conv2d") and position == 2:
+            return _in_steps(value.to(torch.float64), formats, operation)
+        if qparams is None:
+            return value if operation.op in _BEFORE_THE_DOOR else value.to(torch.float64)
         if name in constants:
             # Weights carry their channels on axis 0; the leading batch axis of a constant is set aside.
             if name not in cache:
-                cache[name] = apply(qparams, value[0])[None]
+                cache[name] = apply(qparams, value[0].to(torch.float64))[None]
             return cache[name]
-        return apply(qparams, value)
+        if value.dtype == torch.float32 and isinstance(qparams, UniformQParams):
+            # An image: the program divides it in float32, and what its codes stand for is exact from there on.
+            return dequantize(quantize(value, qparams).to(torch.float64), qparams)
+        return apply(qparams, value).to(torch.float64)
 
-    executors = published_executors(calibrated.graph, formats) if calibrated.recipe.nonlinear == "published" else {}
-    executors = {operator: executor for operator, executor in executors.items() if operator in published}
+    by_name = {
+        name: [torch.from_numpy(factor).to(inputs[0].device) for factor in entry]
+        for name, entry in (factors or {}).items()
+    }
+
+    def add(operation: Operation, a: Tensor, b: Tensor) -> Tensor:
+        sides = aligned(operation, a, b)
+        if operation.name in by_name:
+            sides = [side * factor for side, factor in zip(sides, by_name[operation.name], strict=True)]
+        return sides[0] + sides[1]
+
+    def scaled(operation: Operation, *operands: Tensor) -> Tensor:
+        result: Tensor = EXECUTORS[operation.op](operation, *operands)
+        return result * by_name[operation.name][0] if operation.name in by_name else result
+
+    executors: dict[str, Executor] = dict.fromkeys(("linear", "conv2d", "matmul", "multiply", "mean"), scaled)
+    executors |= {"layer_norm": _layer_norm, "add": add}
+    if calibrated.recipe.nonlinear == "published":
+        forms = published_executors(calibrated.graph, formats)
+        executors |= {operator: executor for operator, executor in forms.items() if operator in published}
     results = execute(calibrated.graph, inputs, on_edge, executors)
     return tuple(
-        apply(formats[OUTPUT, index], result) if (OUTPUT, index) in formats else result
+        (apply(formats[OUTPUT, index], result) if (OUTPUT, index) in formats else result).to(torch.float32)
         for index, result in enumerate(results)
     )
+
+
+def _in_steps(bias: Tensor, formats: Mapping[Edge, QParams], operation: Operation) -> Tensor:
+    source, weight = (formats.get((operation.name, position)) for position in (0, 1))
+    if not isinstance(source, UniformQParams | CodebookQParams) or not isinstance(weight, UniformQParams):
+        return bias
+    step = torch.from_numpy(source.scales() * weight.scales()).to(bias.device)
+    return (bias / step).round() * step
+
+
+def _layer_norm(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    unit = 2.0**LAYER_NORM_FRACTION_BITS
+    deviations = torch.nn.functional.layer_norm(x, weight[0].shape, eps=operation.real("eps"))
+    return (deviations * unit + 0.5).floor() / unit * weight[0] + bias[0]

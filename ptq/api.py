@@ -1,6 +1,6 @@
 """The Python face: quantize a module, and what a quantized model can do.
 
-q = ptq.quantize(model, images, method="mse", bits="w8a8")
+q = ptq.quantize(model, images, bits="w8a8")
 q(x)                  # simulate: fake-quantized float
 q.integer(x)          # interpret the IntegerProgram: the definition
 q.compile("cpu")(x)   # the same integers through TVM, bit for bit
@@ -9,6 +9,7 @@ q.compile("cpu")(x)   # the same integers through TVM, bit for bit
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -25,8 +26,9 @@ from calibration.cache import DEFAULT_MEMORY_LIMIT, remove_left_files
 from calibration.calibrated import Calibrated, QParams
 from calibration.engine import Options, Progress, calibrate
 from calibration.graph import execute
-from calibration.integerize import integerize
+from calibration.integerize import integerize, multiplier_factors
 from calibration.integerize.forms import require_integer_forms
+from calibration.integerize.scales import Scales
 from calibration.progress import ProgressStore
 from calibration.qparams_json import format_label, format_name
 from calibration.rules import Recipe
@@ -80,7 +82,11 @@ class Quantized:
         Raises:
             DataError: inputs of another shape or dtype.
         """
-        return _single(simulate(self.calibrated, inputs))
+        return _single(simulate(self.calibrated, inputs, factors=self._factors))
+
+    @functools.cached_property
+    def _factors(self) -> Mapping[str, tuple[Scales, ...]]:
+        return multiplier_factors(self.calibrated)
 
     def float(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Run the float graph, without any quantization; shapes as in :meth:`__call__`."""

@@ -231,24 +231,25 @@ def levels_of(values: Tensor, qparams: CodebookQParams) -> npt.NDArray[np.uint8]
     return np.array(qparams.codebook.levels, np.uint8)[encode(values, qparams).numpy()]
 
 
-def decode(codes: Tensor, qparams: CodebookQParams) -> Tensor:
-    """Return the real values of codes, float32: one product of an integer with the scale.
+def decode(codes: Tensor, qparams: CodebookQParams, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the real values of codes: one product of an integer with the scale.
 
     Args:
         codes: integers from 0 to ``2^b - 1``, any shape.
         qparams: the format.
+        dtype: of the result; in float64 the product is exact.
     """
-    steps = torch.tensor(qparams.codebook.levels, dtype=torch.float32, device=codes.device) - qparams.zero_point
-    return steps[codes.to(torch.int64)] * torch.tensor(qparams.scale, dtype=torch.float32, device=codes.device)
+    steps = torch.tensor(qparams.codebook.levels, dtype=dtype, device=codes.device) - qparams.zero_point
+    return steps[codes.to(torch.int64)] * torch.tensor(qparams.scale, dtype=dtype, device=codes.device)
 
 
 def fake_quantize_codebook(x: Tensor, qparams: CodebookQParams) -> Tensor:
-    """Return the nearest representable values, float32: encode, then decode.
+    """Return the nearest representable values, in the type of ``x``: encode, then decode.
 
     Raises:
         DataError: infinite values or NaN.
     """
-    return decode(encode(x, qparams), qparams)
+    return decode(encode(x, qparams), qparams, x.dtype)
 
 
 def nearest_levels(

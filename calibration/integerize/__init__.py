@@ -1,5 +1,5 @@
 """From a calibrated graph to an IntegerProgram."""
 
-from calibration.integerize.lowering import integerize
+from calibration.integerize.lowering import integerize, multiplier_factors
 
-__all__ = ["integerize"]
+__all__ = ["integerize", "multiplier_factors"]

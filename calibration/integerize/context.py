@@ -36,6 +36,8 @@ class Context(Protocol):
     builder: ProgramBuilder
     formats: Mapping[Edge, QParams]
     shapes: Mapping[str, tuple[int, ...]]
+    #: See :func:`calibration.integerize.multiplier_factors`.
+    factors: dict[str, tuple[Scales, ...]]
 
     def codes(self, value: str, qparams: OperandQParams) -> str:
         """Return the program value that holds ``value`` in a format: codes, or the levels of a codebook."""

@@ -81,7 +81,11 @@ def unary(context: Context, operation: Operation, qparams: OperandQParams) -> st
 def add(context: Context, operation: Operation, qparams: UniformQParams) -> str:
     """Emit a sum of two scales with one rounding."""
     operands, builder = add_operands(context, operation), context.builder
-    multipliers, shift = to_common_fixed_point(*(compress(o.scale / qparams.scales()) for o in operands))
+    ratios = [compress(o.scale / qparams.scales()) for o in operands]
+    multipliers, shift = to_common_fixed_point(*ratios)
+    context.factors[operation.name] = tuple(
+        m / (ratio * 2.0**shift) for m, ratio in zip(multipliers, ratios, strict=True)
+    )
     constants = [builder.constant(m, f"{operation.name}.multiplier") for m in multipliers]
     return builder.node(
         "add",

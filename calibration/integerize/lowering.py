@@ -22,14 +22,18 @@ from calibration.integerize.context import Accumulator, requantize
 from calibration.integerize.forms import require_integer_forms
 from calibration.integerize.nonlinear import FORMS, ends_in_table
 from calibration.integerize.operands import OperandQParams, operand_codes
-from calibration.integerize.scales import compress, viewed
+from calibration.integerize.scales import Scales, compress, viewed
 from calibration.integerize.shared_requantize import plan_shared_requantize, saturation
 from calibration.sites import OUTPUT, Edge, Structure
 from quantizers.codebook import CodebookQParams, carrier_table
 from quantizers.errors import UsageError
+from quantizers.integer.fixed_point import to_fixed_point
 from quantizers.integer.program import IntegerProgram, TensorType
 from quantizers.integer.verify import verify
 from quantizers.uniform import UniformQParams, quantize
+
+#: Bits up to which the rounding of a multiplier cannot be seen.
+_NARROW = 8
 
 
 def integerize(calibrated: Calibrated) -> IntegerProgram:
@@ -45,6 +49,26 @@ def integerize(calibrated: Calibrated) -> IntegerProgram:
     return program
 
 
+def multiplier_factors(calibrated: Calibrated) -> Mapping[str, tuple[Scales, ...]]:
+    """Return what the rounding of multipliers does to 16-bit values: a factor near 1.
+
+    One shift serves a tensor and both sides of a sum, so that a side with much finer steps, int32 sums beside a 16-bit
+    residual, has a multiplier of fewer bits. What it stands for differs from the ratio of the scales by this factor. In
+    values of 8 bits and fewer that cannot be seen.
+
+    Returns:
+        By operation float64 arrays that broadcast from the right to the sample shape of its result: one for each side
+        of a sum, one for the result of any other operation.
+
+    Raises:
+        UnsupportedOperatorError: operators without an integer form.
+    """
+    require_integer_forms(calibrated.graph, calibrated.recipe.nonlinear)
+    lowering = _Lowering(calibrated)
+    lowering.run()
+    return lowering.factors
+
+
 class _Lowering:
     def __init__(self, calibrated: Calibrated) -> None:
         self.graph = calibrated.graph
@@ -52,6 +76,7 @@ class _Lowering:
         self.formats: Mapping[Edge, QParams] = calibrated.by_edge()
         self.builder = ProgramBuilder(calibrated.graph.inputs)
         self.shapes: Mapping[str, tuple[int, ...]] = calibrated.graph.shapes()
+        self.factors: dict[str, tuple[Scales, ...]] = {}
         self._nonlinear = calibrated.recipe.nonlinear
         self._forms = FORMS[self._nonlinear]
         self._codes: dict[tuple[str, OperandQParams], str] = {}
@@ -282,6 +307,10 @@ class _Lowering:
         accumulator = self._patch_rows(operation) if is_conv else self.accumulator(operation.name)
         ratio = accumulator.scale / (target.reshape(-1) if is_conv else target)
         name = requantize(self.builder, operation, accumulator.name, ratio, qparams)
+        if qparams.bits > _NARROW:
+            multiplier, shift = to_fixed_point(ratio)
+            factor = multiplier / (np.atleast_1d(ratio) * 2.0**shift)
+            self.factors[operation.name] = (factor.reshape(-1, 1, 1) if is_conv else factor,)
         if is_conv:
             name = self._as_planes(operation, name)
         if shared:

@@ -49,7 +49,7 @@ def _byte_count(_: click.Context, parameter: click.Parameter, text: str | None) 
 @click.option(
     "--memory-limit",
     callback=_byte_count,
-    help="Activations held in memory, such as 500MB or 2GB, 256 MiB by default; the rest goes to files.",
+    help="Activations held in memory, such as 500MB or 2GB, 128 MiB by default; the rest goes to files.",
 )
 @batch_option
 @preprocessing_options

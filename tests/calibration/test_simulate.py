@@ -10,12 +10,15 @@ from torch.nn import functional
 
 from calibration.engine import calibrate
 from calibration.graph import execute
+from calibration.integerize import integerize, multiplier_factors
 from calibration.simulate import apply, simulate
 from calibration.trace import trace
+from ptq.recipes import named_recipe
 from quantizers.codebook import CodebookQParams, fake_quantize_codebook, uniform_codebook
+from quantizers.integer.interpret import interpret
 from quantizers.logarithm import log2
 from quantizers.row_relative import RowRelativeQParams, fake_quantize_rows
-from quantizers.uniform import UniformQParams, fake_quantize
+from quantizers.uniform import UniformQParams, dequantize, fake_quantize, quantize
 
 
 def test_a_linear_by_hand() -> None:
@@ -27,10 +30,27 @@ def test_a_linear_by_hand() -> None:
     assert isinstance(source, UniformQParams)
     assert isinstance(weight, UniformQParams)
     steps = torch.tensor(weight.scale, dtype=torch.float64) * source.scale[0]
-    bias = ((layer.bias.detach() / steps).round() * steps).to(torch.float32)
+    bias = (layer.bias.detach() / steps).round() * steps
     assert 0 < float((bias - layer.bias).detach().abs().max()) <= float(steps.max()) / 2
-    expected = functional.linear(fake_quantize(x, source), fake_quantize(layer.weight.detach(), weight), bias)
-    assert torch.equal(simulate(result, (x,))[0], expected)
+    codes = quantize(x, source).to(torch.float64)
+    expected = functional.linear(
+        dequantize(codes, source), fake_quantize(layer.weight.detach().to(torch.float64), weight), bias
+    )
+    assert torch.equal(simulate(result, (x,))[0], expected.to(torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("method", "bits"),
+    [("auto", "w8a8"), ("auto", "w4a4"), ("repq", "w3a3"), ("adalog", "w4a4"), ("minmax", "w8a8")],
+)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_program_is_predicted_to_the_last_code(name: str, method: str, bits: str) -> None:
+    """What is simulated is what runs: results of the program differ by the rounding of float32 only."""
+    result = calibrate(traced(name), [(image,) for image in images(name, 8)], named_recipe(method, bits))
+    x = images(name, 8, seed=1)
+    (simulated,) = simulate(result, (x,), factors=multiplier_factors(result))
+    (integers,) = interpret(integerize(result), x)
+    torch.testing.assert_close(integers, simulated, rtol=1e-6, atol=1e-6)
 
 
 def test_formats_are_applied_by_their_type() -> None:

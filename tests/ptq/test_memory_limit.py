@@ -38,7 +38,7 @@ def quantize(workspace: Path, output: Path, *options: str) -> int:
         ("1.5 GB", 15 * 10**8),
         ("0.1kB", 100),
         ("1TB", 10**12),
-        (None, 2**28),
+        (None, 2**27),
     ],
 )
 def test_sizes_reach_calibration_as_bytes(
