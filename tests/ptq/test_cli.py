@@ -6,16 +6,20 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from support.codebooks import GELU_LOW, with_codebooks
 from support.embedded import write_images, write_model
 
 import ptq
+import ptq.commands.backends
 from calibration.integerize import integerize
 from ptq.cli import main
+from ptq.commands.options import Target
 from ptq.recipes import DEFAULT_METHOD, RECIPES
 from quantizers.adalog import adalog
 from quantizers.logarithm import log_sqrt2
@@ -70,13 +74,39 @@ def test_evaluate_reports_every_backend(workspace: Path, capsys: pytest.CaptureF
     assert 0.85 <= result["agreement"] <= 1
 
 
-@pytest.mark.parametrize("backend", ["tvm", "onnx-integer"])
-def test_verify_finds_integers_equal(workspace: Path, capsys: pytest.CaptureFixture[str], backend: str) -> None:
-    """TVM, and ONNX Runtime with the integer file, give the interpreter's bits."""
-    result = json_of(
-        capsys, "verify", str(workspace / "out"), "--data", str(workspace / "data.npz"), "--backend", backend
-    )
-    assert result == {"backend": backend, "n": 24, "equal": True, "max_abs_diff": 0.0}
+def test_verify_compares_every_backend(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """TVM and the integer ONNX file give the interpreter's bits, the simulation its numbers, QDQ about the same."""
+    found = json_of(capsys, "verify", str(workspace / "out"), "--data", str(workspace / "data.npz"))
+    assert isinstance(found, list)
+    entries = {entry["backend"]: entry for entry in found}
+    assert list(entries) == ["simulate", "tvm", "onnx-integer", "onnxruntime"]
+    assert all(entry["kept"] and entry["n"] == 24 for entry in found)
+    for backend in ("tvm", "onnx-integer"):
+        assert (entries[backend]["equal"], entries[backend]["max_abs_diff"]) == (True, 0.0)
+    assert entries["simulate"]["max_steps"] < 1e-3
+    assert 0 < entries["onnxruntime"]["max_steps"] < 20
+    assert run("verify", str(workspace / "out"), "--data", str(workspace / "data.npz"), "--backend", "simulate") == 0
+    text = capsys.readouterr().out
+    assert "float32 rounding" in text
+    assert "tvm" not in text
+
+
+def test_verify_fails_where_a_promise_is_broken(
+    workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One bit in one result is told, and is the exit code."""
+    honest = ptq.commands.backends.open_backend
+
+    def flawed(target: Target, backend: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        run_backend = honest(target, backend)
+        if backend != "tvm":
+            return run_backend
+        return lambda images: torch.nextafter(run_backend(images), torch.tensor(torch.inf))
+
+    monkeypatch.setattr(ptq.commands.backends, "open_backend", flawed)
+    arguments = ("--data", str(workspace / "data.npz"), "--backend", "tvm", "--backend", "simulate")
+    assert run("verify", str(workspace / "out"), *arguments) == 1
+    assert "NO" in capsys.readouterr().out
 
 
 def test_inspect_names_codebooks(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
