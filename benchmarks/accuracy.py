@@ -231,6 +231,25 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def summary(rows: list[Row]) -> str:
+    """Return methods by widths as Markdown: accuracy in integers, mean over seeds and in brackets the spread."""
+    lines = []
+    for network in NETWORKS:
+        mine = [row for row in rows if row.network == network]
+        widths = [bits for bits in BITS if any(row.bits == bits for row in mine)]
+        if not mine:
+            continue
+        seeds = sorted({row.seed for row in mine})
+        lines += ["", f"{network}: float {mine[0].float_accuracy:.1f}; seeds {', '.join(map(str, seeds))}", ""]
+        lines += [f"| method | {' | '.join(widths)} |", f"| --- |{' --- |' * len(widths)}"]
+        for method in METHODS:
+            groups = [[row for row in mine if (row.method, row.bits) == (method, bits)] for bits in widths]
+            if any(groups):
+                cells = (_cell([row.integer for row in group], 1) for group in groups)
+                lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def _cell(values: list[float | None], digits: int) -> str:
     known = [value for value in values if value is not None]
     if not known:
@@ -296,7 +315,7 @@ def main(
         rows = [r for r in rows if (r.network, r.method, r.bits, str(r.seed)) != (n, m, b, s)] + [made]
         path.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
         click.echo(f"{n} {m} {b} seed {s}: integer {made.integer:.1f} %, {made.seconds:.0f} s", err=True)
-    text = table(rows)
+    text = summary(rows) + table(rows)
     (output / "accuracy.md").write_text(text)
     click.echo(text)
 
