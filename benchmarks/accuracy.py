@@ -23,57 +23,33 @@ import gzip
 import hashlib
 import json
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 import numpy as np
 import numpy.typing as npt
 import torch
+from accuracy_table import BITS, METHODS, NETWORKS, Row, summary, table
 from dinov2_checkpoint import load_dinov2, normalize
 from torch import Tensor
 from torch.nn import functional
 
 import ptq
 from ptq.data import open_data
-from ptq.recipes import RECIPES
 from ptq.sources import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 FASHION = ROOT / "examples" / "fashion_mnist_vit"
-METHODS = tuple(name for name in RECIPES if name != "ivit")
-BITS = ("w8a8", "w6a6", "w4a8", "w4a4", "w3a3")
-NETWORKS = ("fashion", "dinov2")
 BANK, QUERIES, PROTOCOL_QUERIES, NEIGHBOURS, CALIBRATION = 2000, 2000, 1000, 10, 32
 #: Images on which compiled program and interpreter are compared.
 COMPARED = 4
 PACKAGES = ("quantizers", "calibration", "tvm_backend", "ptq")
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One method at one width, calibrated with one seed; accuracies in percent."""
-
-    network: str
-    method: str
-    bits: str
-    seed: int
-    float_accuracy: float
-    simulate: float | None
-    integer: float
-    integer_same_queries: float | None
-    integer_all: float | None
-    cosine: float | None
-    seconds: float
-    peak_megabytes: float
-    levels: int
-    code: str
 
 
 def code_digest() -> str:
@@ -202,60 +178,6 @@ def fashion_row(data: Path, method: str, bits: str, seed: int, simulate: int, th
 def _levels(quantized: ptq.Quantized) -> int:
     """Return the number of codes of the narrowest activation."""
     return 2 ** min(e.qparams.bits for e in quantized.calibrated.sites if e.site.kind not in ("weight", "constant"))
-
-
-def table(rows: list[Row]) -> str:
-    """Return the rows as Markdown, the mean over seeds and in brackets their spread (largest minus smallest)."""
-    lines = []
-    for network in NETWORKS:
-        mine = [row for row in rows if row.network == network]
-        if not mine:
-            continue
-        lines += ["", f"{network}: float {mine[0].float_accuracy:.1f}", ""]
-        extra = network == "dinov2"
-        head = ["method", "bits", "levels", "seeds", "simulate", "integer, same images", "integer"]
-        head += ["integer, 2,000 queries", "cosine"] if extra else []
-        head += ["seconds", "peak MB"]
-        lines += ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
-        for bits in BITS:
-            for method in METHODS:
-                group = [row for row in mine if (row.method, row.bits) == (method, bits)]
-                if not group:
-                    continue
-                cells = [method, bits, str(group[0].levels), str(len(group))]
-                names = ["simulate", "integer_same_queries", "integer"]
-                names += ["integer_all", "cosine"] if extra else []
-                cells += [_cell([getattr(row, name) for row in group], 3 if name == "cosine" else 1) for name in names]
-                cells += [_cell([row.seconds for row in group], 0), f"{max(r.peak_megabytes for r in group):.0f}"]
-                lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def summary(rows: list[Row]) -> str:
-    """Return methods by widths as Markdown: accuracy in integers, mean over seeds and in brackets the spread."""
-    lines = []
-    for network in NETWORKS:
-        mine = [row for row in rows if row.network == network]
-        widths = [bits for bits in BITS if any(row.bits == bits for row in mine)]
-        if not mine:
-            continue
-        seeds = sorted({row.seed for row in mine})
-        lines += ["", f"{network}: float {mine[0].float_accuracy:.1f}; seeds {', '.join(map(str, seeds))}", ""]
-        lines += [f"| method | {' | '.join(widths)} |", f"| --- |{' --- |' * len(widths)}"]
-        for method in METHODS:
-            groups = [[row for row in mine if (row.method, row.bits) == (method, bits)] for bits in widths]
-            if any(groups):
-                cells = (_cell([row.integer for row in group], 1) for group in groups)
-                lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(values: list[float | None], digits: int) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
-        return "-"
-    mean = f"{statistics.mean(known):.{digits}f}"
-    return f"{mean} ({max(known) - min(known):.{digits}f})" if len(known) > 1 else mean
 
 
 def _list(_context: click.Context, _parameter: click.Parameter, text: str) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from accuracy import Row, summary, table
+from accuracy_table import Row, summary, table
 
 
 def row(network: str, method: str, bits: str, seed: int, integer: float, simulate: float | None) -> Row:
