@@ -27,7 +27,14 @@ from calibration.rewriting import Rewriter
 from calibration.rules import Recipe
 from calibration.sampling import layer_rows, sample_rows
 from calibration.search.heads import search_attention_operand
-from calibration.search.operands import Error, OperandQParams, apply_operand, output_error, search_operand
+from calibration.search.operands import (
+    Error,
+    OperandQParams,
+    apply_operand,
+    output_error,
+    search_operand,
+    search_percentiles,
+)
 from calibration.search.probabilities import search_probabilities
 from calibration.search.ranges import search_activation, search_heads
 from calibration.search.weights import nearest, scales_of
@@ -217,6 +224,8 @@ class Decider:
         if site.kind in ("query", "key", "value") and families_of(spec.format) == ("uniform",):
             return self._choose_attention_operand(operation, position, spec, stats)
         error = self._error_at_result(site, operation, position)
+        if spec.search == "percentile_output" and spec.format == "uniform":
+            return search_percentiles(stats[0], spec, error)
         return search_operand(stats[0], spec, error, families_of(spec.format))
 
     def _histograms(self, site: Site, operation: Operation, position: int) -> list[Histogram]:

@@ -93,6 +93,8 @@ class Recipe:
             )
 
 
+#: What is not chosen among percentile ranges by the error at a result.
+_NO_PERCENTILE_OUTPUT = frozenset({"weight", "query", "key", "value"})
 #: Widths that the integer operators read at each kind; everything else is a mistake in a recipe.
 _WIDE_KINDS = frozenset({"residual", "constant", "output"})
 #: Operands of products, which read any levels.
@@ -147,6 +149,8 @@ def _require_possible(recipe: Recipe, site: Site, spec: QuantSpec) -> None:
         return
     if spec.search == "feedback" and site.kind != "weight":
         raise RecipeError(f"{where} is no weight; only weights have the search 'feedback'")
+    if spec.search == "percentile_output" and site.kind in _NO_PERCENTILE_OUTPUT:
+        raise RecipeError(f"{where} has no search 'percentile_output'; 'output' is the one that looks at results")
     if spec.format != "uniform" and site.kind not in _CODEBOOK_KINDS:
         raise RecipeError(f"{where} is uniform; the rule says {spec.format!r}")
     if spec.bits > 8 and site.kind not in _WIDE_KINDS:

@@ -27,7 +27,7 @@ class RecipeEntry:
         attention: granularity of queries, keys and values.
         probability: format of attention probabilities.
         activation_output: format of what GELU makes for the next linear.
-        table_input: search of what 256-entry tables read: scores, and inputs of GELU.
+        activation_output_search: its search; that of the other activations where None.
         choices: further keys of a recipe.
     """
 
@@ -38,7 +38,7 @@ class RecipeEntry:
     attention: str = "tensor"
     probability: str = "uniform"
     activation_output: str = "uniform"
-    table_input: str | None = None
+    activation_output_search: str | None = None
     choices: Mapping[str, str | bool] = field(default_factory=dict)
 
 
@@ -76,6 +76,7 @@ RECIPES: Mapping[str, RecipeEntry] = MappingProxyType(
             activation="percentile_mse",
             symmetric=False,
             probability="log_sqrt2",
+            activation_output_search="percentile_output",
             choices=MappingProxyType({"propagation": "quantized", "layer_norm_scale": "mean"}),
         ),
         "dopq": RecipeEntry(
@@ -84,6 +85,7 @@ RECIPES: Mapping[str, RecipeEntry] = MappingProxyType(
             activation="percentile_mse",
             symmetric=False,
             probability="tangent",
+            activation_output_search="percentile_output",
             choices=MappingProxyType({"propagation": "quantized", "layer_norm_scale": "median"}),
         ),
         "adalog": RecipeEntry(
@@ -102,6 +104,7 @@ RECIPES: Mapping[str, RecipeEntry] = MappingProxyType(
             activation="percentile_mse",
             symmetric=False,
             probability="sulq",
+            activation_output_search="percentile_output",
             choices=MappingProxyType({"propagation": "quantized", "layer_norm_scale": "mean"}),
         ),
         "ivit": RecipeEntry(
@@ -149,7 +152,7 @@ def named_recipe(method: str, bits: str) -> Recipe:
     weight_bits, activation_bits = parse_bits(bits)
     wide, published = QuantSpec(WIDE_BITS), entry.choices.get("nonlinear") == "published"
     # What a table of 256 entries reads stays at 8 bits: narrower codes would save nothing there.
-    table_input = QuantSpec(8, search=entry.table_input or entry.activation)
+    table_input = QuantSpec(8, search=entry.activation)
     activation = QuantSpec(activation_bits, entry.symmetric, search=entry.activation)
     # Only products read levels, and centred keys and values are symmetric.
     attention = replace(activation, granularity=entry.attention, symmetric=entry.attention == "head" or entry.symmetric)
@@ -160,6 +163,7 @@ def named_recipe(method: str, bits: str) -> Recipe:
     rules += [Rule(table_input, kind=kind, optional=True) for kind in ("scores", "activation_input")]
     rules += [Rule(attention, kind=kind, optional=True) for kind in ("query", "key", "value")]
     rules += [Rule(probability, kind="probability", optional=True)]
-    rules += [Rule(replace(activation, format=entry.activation_output), kind="activation_output", optional=True)]
+    made = replace(activation, search=entry.activation_output_search or entry.activation)
+    rules += [Rule(replace(made, format=entry.activation_output), kind="activation_output", optional=True)]
     rules += [Rule(activation)]
     return Recipe(f"{method}-{bits}", tuple(rules), **dict(entry.choices))  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from quantizers.errors import UsageError
 
 #: Searches that look at the values alone.
 RANGE_SEARCHES = ("minmax", "percentile", "mse", "percentile_mse")
-SEARCHES = (*RANGE_SEARCHES, "output", "feedback")
+SEARCHES = (*RANGE_SEARCHES, "percentile_output", "output", "feedback")
 FORMATS = ("uniform", "log2", "log_sqrt2", "adalog", "tangent", "sulq", "any")
 GRANULARITIES = ("tensor", "channel", "head")
 #: Widths of codes that matrix products and tables read; 16 is the residual stream's.
@@ -26,8 +26,9 @@ class QuantSpec:
             ``head``: queries, keys and values of shape (..., heads, M, K) get scales (heads,) and one zero point.
         search: how scale and zero point are found. ``minmax``: the extremes; ``percentile``: the range of that share of
             the values; ``mse``: the range with the least squared error; ``percentile_mse``: that of three percentiles
-            (RepQ-ViT); ``output``: the least squared error at the result of the operation that reads the tensor;
-            ``feedback``, weights only: as ``output``, with rounding that carries errors on (GPTQ).
+            (RepQ-ViT); ``percentile_output``, activations only: of these three and the full range the one with the
+            least squared error at the result of the operation that reads the tensor; ``output``: the least squared
+            error there; ``feedback``, weights only: as ``output``, with rounding that carries errors on (GPTQ).
         percentile: share of values inside the range, percent; read by ``percentile`` only.
         format: family of levels, a member of :data:`FORMATS`; ``any``: the one with the least error.
 

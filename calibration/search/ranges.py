@@ -31,6 +31,12 @@ def search_activation(stats: Histogram, spec: QuantSpec) -> UniformQParams:
     return qparams_from_range(*_range(stats, spec), spec)
 
 
+def percentile_formats(stats: Histogram, spec: QuantSpec) -> list[UniformQParams]:
+    """Return the formats of ``percentile_mse`` and that of the full range."""
+    ends = [*_percentile_ranges(stats, spec), (stats.low, stats.high)]
+    return [qparams_from_range(low, high, spec) for low, high in ends]
+
+
 def search_heads(stats: Sequence[Histogram], spec: QuantSpec) -> UniformQParams:
     """Choose one scale per head, and one zero point for all, from the range that ``spec.search`` finds for each.
 
@@ -45,8 +51,7 @@ def search_heads(stats: Sequence[Histogram], spec: QuantSpec) -> UniformQParams:
 
 def _range(stats: Histogram, spec: QuantSpec) -> tuple[float, float]:
     if spec.search == "percentile_mse":
-        shares = [dataclasses.replace(spec, percentile=100 * (1 - 2 * tail)) for tail in _TAILS]
-        ranges = [_percentile_range(stats, entry) for entry in shares]
+        ranges = _percentile_ranges(stats, spec)
         return min(ranges, key=lambda ends: histogram_error(stats, qparams_from_range(ends[0], ends[1], spec)))
     if spec.search == "percentile":
         return _percentile_range(stats, spec)
@@ -88,6 +93,11 @@ def search_weight(weight: Tensor, spec: QuantSpec) -> UniformQParams:
 
 def _last_best(errors: npt.NDArray[np.float64]) -> int:
     return int(len(errors) - 1 - np.argmin(errors[::-1]))
+
+
+def _percentile_ranges(stats: Histogram, spec: QuantSpec) -> list[tuple[float, float]]:
+    shares = [dataclasses.replace(spec, percentile=100 * (1 - 2 * tail)) for tail in _TAILS]
+    return [_percentile_range(stats, entry) for entry in shares]
 
 
 def _percentile_range(stats: Histogram, spec: QuantSpec) -> tuple[float, float]:

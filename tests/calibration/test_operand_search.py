@@ -16,7 +16,7 @@ from calibration.engine import calibrate
 from calibration.heads import head_counts
 from calibration.integerize import integerize
 from calibration.search.heads import search_attention_operand
-from calibration.search.operands import apply_operand, output_error, search_operand
+from calibration.search.operands import apply_operand, output_error, search_operand, search_percentiles
 from calibration.search.probabilities import search_probabilities
 from calibration.search.ranges import search_activation, search_heads
 from calibration.simulate import simulate
@@ -76,6 +76,31 @@ def test_no_range_search_is_better_at_the_layers_output(name: str, symmetric: bo
         assert found.qmin <= found.zero_point <= found.qmax
         for search in RANGE_SEARCHES:
             assert error(found) <= error(search_activation(stats, dataclasses.replace(spec, search=search))), search
+        assert error(found) <= error(search_percentiles(stats, spec, error))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", DATA)
+def test_percentiles_are_chosen_by_the_layers_output(name: str, bits: int) -> None:
+    """No worse there than the full range, and than the percentile range with the least error of its own."""
+    rows, weight = DATA[name](), noise(9, OUTPUTS, INPUTS)
+    stats, error = update(empty(), rows), output_error(rows, weight)
+    spec = QuantSpec(bits, symmetric=False, search="percentile_output")
+    found = search_percentiles(stats, spec, error)
+    for search in ("minmax", "percentile_mse"):
+        assert error(found) <= error(search_activation(stats, dataclasses.replace(spec, search=search))), search
+
+
+@pytest.mark.parametrize(("gain", "kept"), [(1.0, True), (0.0, False)])
+def test_a_massive_value_stays_where_the_layer_reads_it(gain: float, kept: bool) -> None:
+    """One value in ten thousand is large: it is cut off only where its weights are zero."""
+    rows, weight = functional.gelu(noise(0, 2000, INPUTS)), 0.01 * noise(1, OUTPUTS, INPUTS)
+    rows[::400, 0] = 15.0
+    weight[:, 0] = gain
+    spec = QuantSpec(6, symmetric=False, search="percentile_output")
+    stats = update(empty(), rows)
+    found = search_percentiles(stats, spec, output_error(rows, weight))
+    assert (found.scale[0] * (found.qmax - found.zero_point) > 14) == kept
 
 
 @pytest.mark.parametrize("bits", BITS)

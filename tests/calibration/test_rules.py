@@ -85,6 +85,10 @@ def test_a_site_without_a_rule_is_refused() -> None:
             "site blocks.0.attn.query (query) can have 2 to 8 bits, the rule says 16",
         ),
         (
+            (Rule(WEIGHT, "weight"), Rule(QuantSpec(8, search="percentile_output"), "query"), Rule(BYTE)),
+            "site blocks.0.attn.query (query) has no search 'percentile_output'",
+        ),
+        (
             (Rule(WIDE, "image"), Rule(WEIGHT, "weight"), Rule(BYTE)),
             "site patch_embed.proj.input (image) can have 2 to 8 bits, the rule says 16",
         ),
