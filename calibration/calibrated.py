@@ -41,6 +41,7 @@ class Calibrated:
         num_images: how many calibration images were seen.
         fingerprint: SHA-256 over the SHA-256 of each calibration image as the network saw it, in order.
         float_constants: float values of the constants that rewrites and corrections replaced.
+        rewritten_constants: what the rewrites made of constants, before any correction or rounding.
         notes: what calibration did besides choosing formats, and what it left, a line each.
     """
 
@@ -50,6 +51,7 @@ class Calibrated:
     num_images: int
     fingerprint: str
     float_constants: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    rewritten_constants: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
 
     def by_edge(self) -> dict[Edge, QParams]:
@@ -59,3 +61,11 @@ class Calibrated:
     def float_graph(self) -> Graph:
         """Return the graph as it was traced."""
         return dataclasses.replace(self.graph, constants={**self.graph.constants, **self.float_constants})
+
+    def rewritten_graph(self) -> Graph:
+        """Return the float graph with the rewrites of the recipe: the same function, in the coordinates of ``graph``.
+
+        Its values are what those of ``graph`` would be without formats, rounding and corrections.
+        """
+        constants = {**self.graph.constants, **self.float_constants, **self.rewritten_constants}
+        return dataclasses.replace(self.graph, constants=constants)

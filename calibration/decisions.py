@@ -116,6 +116,14 @@ class Decider:
             if not torch.equal(tensor, self._network_constants[name])
         }
 
+    def rewritten_constants(self) -> dict[str, Tensor]:
+        """Return what rewrites made of constants, before any correction or rounding."""
+        return {
+            name: tensor
+            for name, tensor in self._float_constants.items()
+            if not torch.equal(tensor, self._graph.constants[name])
+        }
+
     def decide(self, operation: Operation) -> Decisions:
         """Decide everything at an operation, then run it."""
         made = Decisions()

@@ -105,7 +105,14 @@ def calibrate(
     entries = tuple(CalibratedSite(site, specs[site.name], decider.formats[site.name]) for site in sites)
     fingerprint = hashlib.sha256("".join(digests).encode()).hexdigest()
     return Calibrated(
-        decider.network(), recipe, entries, len(digests), fingerprint, decider.float_constants(), tuple(decider.notes)
+        decider.network(),
+        recipe,
+        entries,
+        len(digests),
+        fingerprint,
+        decider.float_constants(),
+        decider.rewritten_constants(),
+        tuple(decider.notes),
     )
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -21,11 +22,14 @@ from calibration.rules import Recipe, Rule
 from calibration.sites import Site
 from quantizers.errors import ArtifactError
 from quantizers.spec import QuantSpec
+from quantizers.uniform import UniformQParams, dequantize, quantize
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _KEYS = {"format_version", "graph", "recipe", "sites", "num_images", "fingerprint", "notes"}
-#: Before the names of float values that rewrites and corrections replaced.
-_FLOAT = "float/"
+#: Before the names of float values that rewrites and corrections replaced, and of what the rewrites alone made.
+_FLOAT, _REWRITTEN = "float/", "rewritten/"
+#: Before the names of weights that lie on the grid of their format: int8 codes, a quarter of the values.
+_CODES = "codes/"
 
 
 def calibrated_to_bytes(calibrated: Calibrated) -> tuple[bytes, bytes]:
@@ -47,8 +51,23 @@ def calibrated_to_bytes(calibrated: Calibrated) -> tuple[bytes, bytes]:
         "fingerprint": calibrated.fingerprint,
         "notes": list(calibrated.notes),
     }
-    replaced = {_FLOAT + name: tensor for name, tensor in calibrated.float_constants.items()}
-    return _dump(structure), tensors_to_bytes({**calibrated.graph.constants, **replaced})
+    tensors = _coded(calibrated)
+    tensors |= {_FLOAT + name: tensor for name, tensor in calibrated.float_constants.items()}
+    tensors |= {_REWRITTEN + name: tensor for name, tensor in calibrated.rewritten_constants.items()}
+    return _dump(structure), tensors_to_bytes(tensors)
+
+
+def _coded(calibrated: Calibrated) -> dict[str, Tensor]:
+    """Return the constants of the graph, weights as codes where these say all."""
+    tensors = dict(calibrated.graph.constants)
+    for entry in calibrated.sites:
+        name = entry.site.value
+        if entry.site.kind == "weight" and isinstance(entry.qparams, UniformQParams) and name in tensors:
+            codes = quantize(tensors[name], entry.qparams).to(torch.int8)
+            if torch.equal(dequantize(codes, entry.qparams), tensors[name]):
+                del tensors[name]
+                tensors[_CODES + name] = codes
+    return tensors
 
 
 def calibrated_from_bytes(structure: bytes, tensors: bytes) -> Calibrated:
@@ -69,19 +88,36 @@ def calibrated_from_bytes(structure: bytes, tensors: bytes) -> Calibrated:
         raise ArtifactError(
             f"model.json has format version {document['format_version']}, this version reads {FORMAT_VERSION}"
         )
-    floats = {name.removeprefix(_FLOAT): constants.pop(name) for name in list(constants) if name.startswith(_FLOAT)}
+    floats, rewritten, codes = (
+        {name.removeprefix(prefix): constants.pop(name) for name in list(constants) if name.startswith(prefix)}
+        for prefix in (_FLOAT, _REWRITTEN, _CODES)
+    )
     try:
+        sites = tuple(_site_from_json(entry) for entry in document["sites"])
+        constants |= _decoded(codes, sites)
         return Calibrated(
             graph=_graph_from_json(document["graph"], constants),
             recipe=recipe_from_json(document["recipe"]),
-            sites=tuple(_site_from_json(entry) for entry in document["sites"]),
+            sites=sites,
             num_images=document["num_images"],
             fingerprint=document["fingerprint"],
             float_constants=floats,
+            rewritten_constants=rewritten,
             notes=tuple(document["notes"]),
         )
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"model.json: wrong or missing entry {error}; quantize the model again") from error
+
+
+def _decoded(codes: Mapping[str, Tensor], sites: Sequence[CalibratedSite]) -> dict[str, Tensor]:
+    formats = {entry.site.value: entry.qparams for entry in sites if entry.site.kind == "weight"}
+    values: dict[str, Tensor] = {}
+    for name, tensor in codes.items():
+        qparams = formats.get(name)
+        if not isinstance(qparams, UniformQParams):
+            raise ArtifactError(f"model.safetensors: {name} holds codes, and model.json has no format for them")
+        values[name] = dequantize(tensor, qparams)
+    return values
 
 
 def graph_to_bytes(graph: Graph) -> tuple[bytes, bytes]:

@@ -31,6 +31,70 @@ from quantizers.uniform import UniformQParams, dequantize, quantize
 _BEFORE_THE_DOOR = VIEWS | {"scale"}
 
 
+class Simulation:
+    """How the simulation reads operands and computes operators, for :func:`calibration.graph.execute`.
+
+    Args:
+        calibrated: a graph with formats.
+        published: the operators that take their published form where the recipe asks for it; all by default. The others
+            are float functions of fake-quantized values, so that one operator's share of a loss can be told.
+        factors: what :func:`calibration.integerize.multiplier_factors` returns; exact ratios where None.
+    """
+
+    def __init__(
+        self,
+        calibrated: Calibrated,
+        published: Collection[str] = PUBLISHED_OPERATORS,
+        factors: Mapping[str, tuple[Scales, ...]] | None = None,
+    ) -> None:
+        self._formats = calibrated.by_edge()
+        self._constants = calibrated.graph.constants
+        self._cache: dict[str, Tensor] = {}
+        self._factors = {name: [torch.from_numpy(f) for f in entry] for name, entry in (factors or {}).items()}
+        self.executors: dict[str, Executor] = dict.fromkeys(
+            ("linear", "conv2d", "matmul", "multiply", "mean"), self._scaled
+        )
+        self.executors |= {"layer_norm": _layer_norm, "add": self._add}
+        if calibrated.recipe.nonlinear == "published":
+            forms = published_executors(calibrated.graph, self._formats)
+            self.executors |= {operator: executor for operator, executor in forms.items() if operator in published}
+
+    def read(self, operation: Operation, position: int, value: Tensor) -> Tensor:
+        """Return what an operation reads: its operand in its format, float64."""
+        qparams = self._formats.get((operation.name, position))
+        name = operation.inputs[position]
+        if operation.op in ("linear", "conv2d") and position == 2:
+            return _in_steps(value.to(torch.float64), self._formats, operation)
+        if qparams is None:
+            return value if operation.op in _BEFORE_THE_DOOR else value.to(torch.float64)
+        if name in self._constants:
+            # Weights carry their channels on axis 0; the leading batch axis of a constant is set aside.
+            if name not in self._cache:
+                self._cache[name] = apply(qparams, value[0].to(torch.float64))[None]
+            return self._cache[name]
+        if value.dtype == torch.float32 and isinstance(qparams, UniformQParams):
+            # An image: the program divides it in float32, and what its codes stand for is exact from there on.
+            return dequantize(quantize(value, qparams).to(torch.float64), qparams)
+        return apply(qparams, value).to(torch.float64)
+
+    def output(self, index: int, result: Tensor) -> Tensor:
+        """Return a result of the network in its format, float32."""
+        qparams = self._formats.get((OUTPUT, index))
+        return (result if qparams is None else apply(qparams, result)).to(torch.float32)
+
+    def _add(self, operation: Operation, a: Tensor, b: Tensor) -> Tensor:
+        sides = aligned(operation, a, b)
+        if operation.name in self._factors:
+            factors = self._factors[operation.name]
+            sides = [side * factor.to(side.device) for side, factor in zip(sides, factors, strict=True)]
+        return sides[0] + sides[1]
+
+    def _scaled(self, operation: Operation, *operands: Tensor) -> Tensor:
+        result: Tensor = EXECUTORS[operation.op](operation, *operands)
+        factors = self._factors.get(operation.name)
+        return result if factors is None else result * factors[0].to(result.device)
+
+
 @torch.no_grad()
 def simulate(
     calibrated: Calibrated,
@@ -43,59 +107,15 @@ def simulate(
     Args:
         calibrated: a graph with formats.
         inputs: float32 tensors ``(batch, *shape)``.
-        published: the operators that take their published form where the recipe asks for it; all by default. The others
-            are float functions of fake-quantized values, so that one operator's share of a loss can be told.
-        factors: what :func:`calibration.integerize.multiplier_factors` returns; exact ratios where None.
+        published: as :class:`Simulation` has it.
+        factors: as :class:`Simulation` has it.
 
     Returns:
         One float32 tensor for each output.
     """
-    formats = calibrated.by_edge()
-    constants = calibrated.graph.constants
-    cache: dict[str, Tensor] = {}
-
-    def on_edge(operation: Operation, position: int, value: Tensor) -> Tensor:
-        qparams = formats.get((operation.name, position))
-        name = operation.inputs[position]
-        if operation.op in ("linear", "conv2d") and position == 2:
-            return _in_steps(value.to(torch.float64), formats, operation)
-        if qparams is None:
-            return value if operation.op in _BEFORE_THE_DOOR else value.to(torch.float64)
-        if name in constants:
-            # Weights carry their channels on axis 0; the leading batch axis of a constant is set aside.
-            if name not in cache:
-                cache[name] = apply(qparams, value[0].to(torch.float64))[None]
-            return cache[name]
-        if value.dtype == torch.float32 and isinstance(qparams, UniformQParams):
-            # An image: the program divides it in float32, and what its codes stand for is exact from there on.
-            return dequantize(quantize(value, qparams).to(torch.float64), qparams)
-        return apply(qparams, value).to(torch.float64)
-
-    by_name = {
-        name: [torch.from_numpy(factor).to(inputs[0].device) for factor in entry]
-        for name, entry in (factors or {}).items()
-    }
-
-    def add(operation: Operation, a: Tensor, b: Tensor) -> Tensor:
-        sides = aligned(operation, a, b)
-        if operation.name in by_name:
-            sides = [side * factor for side, factor in zip(sides, by_name[operation.name], strict=True)]
-        return sides[0] + sides[1]
-
-    def scaled(operation: Operation, *operands: Tensor) -> Tensor:
-        result: Tensor = EXECUTORS[operation.op](operation, *operands)
-        return result * by_name[operation.name][0] if operation.name in by_name else result
-
-    executors: dict[str, Executor] = dict.fromkeys(("linear", "conv2d", "matmul", "multiply", "mean"), scaled)
-    executors |= {"layer_norm": _layer_norm, "add": add}
-    if calibrated.recipe.nonlinear == "published":
-        forms = published_executors(calibrated.graph, formats)
-        executors |= {operator: executor for operator, executor in forms.items() if operator in published}
-    results = execute(calibrated.graph, inputs, on_edge, executors)
-    return tuple(
-        (apply(formats[OUTPUT, index], result) if (OUTPUT, index) in formats else result).to(torch.float32)
-        for index, result in enumerate(results)
-    )
+    rules = Simulation(calibrated, published, factors)
+    results = execute(calibrated.graph, inputs, rules.read, rules.executors)
+    return tuple(rules.output(index, result) for index, result in enumerate(results))
 
 
 def _in_steps(bias: Tensor, formats: Mapping[Edge, QParams], operation: Operation) -> Tensor:
