@@ -12,7 +12,7 @@ from calibration.moments import Moments, MomentSums
 from calibration.search.ranges import search_weight
 from calibration.search.weights import nearest, scales_of, search_weight_feedback, search_weight_output
 from quantizers.spec import QuantSpec
-from quantizers.uniform import bounds
+from quantizers.uniform import UniformQParams, bounds
 
 #: A bias of this many weight-and-input steps still leaves room for the products in int32.
 _LARGEST_BIAS = 2**30
@@ -33,6 +33,11 @@ class LayerWeights:
     scale: Tensor
     codes: Tensor
     bias: Tensor
+
+    def qparams(self, spec: QuantSpec) -> UniformQParams:
+        """Return the format of the codes, those of a spec's width."""
+        qmax = bounds(spec)[1]
+        return UniformQParams(tuple(float(s) for s in self.scale.cpu()), 0, -qmax, qmax)
 
     def values(self) -> Tensor:
         """Return the weights, float32 (N, K), on their grid."""

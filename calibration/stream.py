@@ -51,19 +51,24 @@ class Stream:
         self._kept_for = _last_uses(graph)
         self._stored: set[str] = set()
         self._inputs: Stream | None = None
-        self.batches = 0
+        self.batch_sizes: list[int] = []
+
+    @property
+    def batches(self) -> int:
+        """Number of micro-batches."""
+        return len(self.batch_sizes)
 
     def add_batch(self, inputs: tuple[Tensor, ...]) -> None:
         """Append a micro-batch of the graph's inputs, float32 ``(batch, *shape)``."""
         for (name, _), tensor in zip(self.graph.inputs, inputs, strict=True):
             self._cache.put((self._label, name, self.batches), tensor)
             self._stored.add(name)
-        self.batches += 1
+        self.batch_sizes.append(len(inputs[0]))
 
     def share_inputs(self, other: Stream) -> None:
         """Read the inputs of another stream instead of holding them again."""
         self._inputs = other
-        self.batches = other.batches
+        self.batch_sizes = other.batch_sizes
 
     def value(self, name: str, batch: int) -> Tensor:
         """Return a value of a micro-batch; constants have batch extent 1."""

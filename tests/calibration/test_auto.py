@@ -12,7 +12,7 @@ import torch
 from support.models import images, traced
 from torch import Tensor
 
-from calibration import decisions, layer_weights
+from calibration import choices, layer_weights
 from calibration.engine import calibrate
 from calibration.moments import Moments
 from calibration.search.operands import OperandQParams
@@ -29,9 +29,9 @@ from quantizers.uniform import UniformQParams, fake_quantize
 Calls = dict[str, list[tuple[tuple[Any, ...], Any]]]
 #: Where each search is called.
 SEARCHES = {
-    "search_operand": decisions,
-    "search_attention_operand": decisions,
-    "search_probabilities": decisions,
+    "search_operand": choices,
+    "search_attention_operand": choices,
+    "search_probabilities": choices,
     "search_weight_feedback": layer_weights,
 }
 
@@ -92,7 +92,7 @@ def test_no_input_is_worse(calls: Calls) -> None:
         others: list[OperandQParams] = [
             search_activation(stats, dataclasses.replace(spec, search=search)) for search in RANGE_SEARCHES
         ]
-        others += [decisions.search_operand(stats, spec, error, (family,)) for family in families]
+        others += [choices.search_operand(stats, spec, error, (family,)) for family in families]
         assert "uniform" in families
         for qparams in others:
             assert error(found) <= error(qparams)
@@ -124,7 +124,7 @@ def test_no_family_of_probabilities_is_worse(calls: Calls) -> None:
 
         assert families == tuple(FAMILIES)
         alone: Sequence[RowRelativeQParams] = [
-            decisions.search_probabilities(probabilities, values, bits, (family,)) for family in families
+            choices.search_probabilities(probabilities, values, bits, (family,)) for family in families
         ]
         for qparams in alone:
             assert error(found) <= error(qparams) * (1 + 1e-6)
