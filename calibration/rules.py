@@ -135,6 +135,15 @@ def assign_specs(sites: Sequence[Site], recipe: Recipe) -> dict[str, QuantSpec]:
     return assigned
 
 
+def is_possible(recipe: Recipe, site: Site, spec: QuantSpec) -> bool:
+    """Whether a site can have a spec."""
+    try:
+        _require_possible(recipe, site, spec)
+    except RecipeError:
+        return False
+    return True
+
+
 def _require_possible(recipe: Recipe, site: Site, spec: QuantSpec) -> None:
     where = f"recipe {recipe.name}: site {site.name} ({site.kind})"
     granularities = _GRANULARITIES.get(site.kind, ("tensor",))

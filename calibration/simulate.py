@@ -4,8 +4,9 @@ It predicts the integer program, and at 4 bits a prediction has to be exact: whe
 other side of a tie, other features follow. So it runs in float64, in which the sums of the program, integers of up to
 31 bits times a scale, are exact (float32 moves one 16-bit residual in a thousand by a step); it adds biases as the
 program holds them, in whole steps of input times weight; and it rounds what LayerNorm normalizes to the 20 fraction
-bits of the program. With the factors of the program's multipliers residuals are rounded as there. What it leaves out
-lies below these: multipliers of 8-bit results, and reciprocals of row sums.
+bits of the program. Levels of a codebook are those nearest to carrier codes where the program has carriers. With the
+factors of the program's multipliers residuals are rounded as there. What it leaves out lies below these: multipliers of
+8-bit results, and reciprocals of row sums.
 
 Where the recipe asks for the published forms of I-ViT, they are computed as in :mod:`calibration.published`.
 """
@@ -20,9 +21,10 @@ from torch import Tensor
 from calibration.apply import apply
 from calibration.calibrated import Calibrated, QParams
 from calibration.graph import EXECUTORS, VIEWS, Executor, Operation, aligned, execute
+from calibration.integerize.nonlinear import ends_in_table
 from calibration.integerize.scales import Scales
 from calibration.published import PUBLISHED_OPERATORS, published_executors
-from calibration.sites import OUTPUT, Edge
+from calibration.sites import OUTPUT, Edge, Structure
 from quantizers.codebook import CodebookQParams
 from quantizers.integer.ops import LAYER_NORM_FRACTION_BITS
 from quantizers.uniform import UniformQParams, dequantize, quantize
@@ -50,6 +52,7 @@ class Simulation:
         self._formats = calibrated.by_edge()
         self._constants = calibrated.graph.constants
         self._cache: dict[str, Tensor] = {}
+        self._on_carrier = _edges_on_carrier(calibrated)
         self._factors = {name: [torch.from_numpy(f) for f in entry] for name, entry in (factors or {}).items()}
         self.executors: dict[str, Executor] = dict.fromkeys(
             ("linear", "conv2d", "matmul", "multiply", "mean"), self._scaled
@@ -75,6 +78,8 @@ class Simulation:
         if value.dtype == torch.float32 and isinstance(qparams, UniformQParams):
             # An image: the program divides it in float32, and what its codes stand for is exact from there on.
             return dequantize(quantize(value, qparams).to(torch.float64), qparams)
+        if isinstance(qparams, CodebookQParams) and (operation.name, position) in self._on_carrier:
+            value = apply(qparams.carrier, value)
         return apply(qparams, value).to(torch.float64)
 
     def output(self, index: int, result: Tensor) -> Tensor:
@@ -116,6 +121,17 @@ def simulate(
     rules = Simulation(calibrated, published, factors)
     results = execute(calibrated.graph, inputs, rules.read, rules.executors)
     return tuple(rules.output(index, result) for index, result in enumerate(results))
+
+
+def _edges_on_carrier(calibrated: Calibrated) -> set[Edge]:
+    """Return the edges whose levels the program looks up from carrier codes: what no table of a function makes."""
+    structure, edges = Structure(calibrated.graph), set()
+    for operation in calibrated.graph.operations:
+        for position, name in enumerate(operation.inputs):
+            root = structure.root(name)
+            if root is not None and not ends_in_table(root, calibrated.recipe.nonlinear):
+                edges.add((operation.name, position))
+    return edges
 
 
 def _in_steps(bias: Tensor, formats: Mapping[Edge, QParams], operation: Operation) -> Tensor:

@@ -1,6 +1,7 @@
 """One file a verb."""
 
 from ptq.commands.benchmark import benchmark
+from ptq.commands.diagnose import diagnose
 from ptq.commands.evaluate import evaluate
 from ptq.commands.export import export
 from ptq.commands.inspect import inspect
@@ -8,4 +9,4 @@ from ptq.commands.quantize import quantize
 from ptq.commands.recipes import recipes
 from ptq.commands.verify import verify
 
-COMMANDS = (quantize, evaluate, export, inspect, verify, benchmark, recipes)
+COMMANDS = (quantize, evaluate, export, inspect, verify, diagnose, benchmark, recipes)

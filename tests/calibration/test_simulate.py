@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from support.models import MODELS, Formula, calibrated, images, model, recipe, spread, traced
@@ -11,6 +13,7 @@ from torch.nn import functional
 from calibration.engine import calibrate
 from calibration.graph import execute
 from calibration.integerize import integerize, multiplier_factors
+from calibration.rules import Rule
 from calibration.simulate import apply, simulate
 from calibration.trace import trace
 from ptq.recipes import named_recipe
@@ -18,6 +21,7 @@ from quantizers.codebook import CodebookQParams, fake_quantize_codebook, uniform
 from quantizers.integer.interpret import interpret
 from quantizers.logarithm import log2
 from quantizers.row_relative import RowRelativeQParams, fake_quantize_rows
+from quantizers.spec import QuantSpec
 from quantizers.uniform import UniformQParams, dequantize, fake_quantize, quantize
 
 
@@ -37,6 +41,24 @@ def test_a_linear_by_hand() -> None:
         dequantize(codes, source), fake_quantize(layer.weight.detach().to(torch.float64), weight), bias
     )
     assert torch.equal(simulate(result, (x,))[0], expected.to(torch.float32))
+
+
+@pytest.mark.parametrize("family", ["tangent", "adalog", "sulq"])
+@pytest.mark.parametrize("name", MODELS)
+def test_levels_behind_sums_are_predicted_to_the_last_code(name: str, family: str) -> None:
+    """The program rounds to carrier codes before it looks levels up, and so does the simulation."""
+    plain = named_recipe("minmax", "w6a6")
+    coded = Rule(QuantSpec(6, symmetric=False, search="output", format=family), kind="linear_input", optional=True)
+    result = calibrate(
+        traced(name),
+        [(image,) for image in images(name, 8)],
+        dataclasses.replace(plain, rules=(coded, *plain.rules)),
+    )
+    assert any(isinstance(entry.qparams, CodebookQParams) for entry in result.sites)
+    x = images(name, 8, seed=1)
+    expected = simulate(result, (x,), factors=multiplier_factors(result))
+    for found, wanted in zip(interpret(integerize(result), x), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Where a quantized network loses its accuracy, and what brings it back, measured."""
