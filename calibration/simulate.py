@@ -5,8 +5,7 @@ other side of a tie, other features follow. So it runs in float64, in which the 
 31 bits times a scale, are exact (float32 moves one 16-bit residual in a thousand by a step); it adds biases as the
 program holds them, in whole steps of input times weight; and it rounds what LayerNorm normalizes to the 20 fraction
 bits of the program. Levels of a codebook are those nearest to carrier codes where the program has carriers. With the
-factors of the program's multipliers residuals are rounded as there. What it leaves out lies below these: multipliers of
-8-bit results, and reciprocals of row sums.
+program's multipliers and reciprocals it rounds as the program does, to the last of hundreds of millions of codes.
 
 Where the recipe asks for the published forms of I-ViT, they are computed as in :mod:`calibration.published`.
 """
@@ -21,12 +20,13 @@ from torch import Tensor
 from calibration.apply import apply
 from calibration.calibrated import Calibrated, QParams
 from calibration.graph import EXECUTORS, VIEWS, Executor, Operation, aligned, execute
+from calibration.integerize.multipliers import Multipliers
 from calibration.integerize.nonlinear import ends_in_table
-from calibration.integerize.scales import Scales
 from calibration.published import PUBLISHED_OPERATORS, published_executors
 from calibration.sites import OUTPUT, Edge, Structure
 from quantizers.codebook import CodebookQParams
 from quantizers.integer.ops import LAYER_NORM_FRACTION_BITS
+from quantizers.row_relative import RowRelativeQParams
 from quantizers.uniform import UniformQParams, dequantize, quantize
 
 #: What an input of the program passes through before it is quantized, in float32 as in the program.
@@ -40,24 +40,24 @@ class Simulation:
         calibrated: a graph with formats.
         published: the operators that take their published form where the recipe asks for it; all by default. The others
             are float functions of fake-quantized values, so that one operator's share of a loss can be told.
-        factors: what :func:`calibration.integerize.multiplier_factors` returns; exact ratios where None.
+        multipliers: what :func:`calibration.integerize.multipliers_of` returns; exact ratios where None.
     """
 
     def __init__(
         self,
         calibrated: Calibrated,
         published: Collection[str] = PUBLISHED_OPERATORS,
-        factors: Mapping[str, tuple[Scales, ...]] | None = None,
+        multipliers: Multipliers | None = None,
     ) -> None:
         self._formats = calibrated.by_edge()
         self._constants = calibrated.graph.constants
         self._cache: dict[str, Tensor] = {}
         self._on_carrier = _edges_on_carrier(calibrated)
-        self._factors = {name: [torch.from_numpy(f) for f in entry] for name, entry in (factors or {}).items()}
-        self.executors: dict[str, Executor] = dict.fromkeys(
-            ("linear", "conv2d", "matmul", "multiply", "mean"), self._scaled
-        )
-        self.executors |= {"layer_norm": _layer_norm, "add": self._add}
+        known = multipliers or Multipliers()
+        self._factors = {name: [torch.from_numpy(f) for f in entry] for name, entry in known.factors.items()}
+        self._edges, self._rows = known.edges, known.rows
+        self.executors: dict[str, Executor] = dict.fromkeys(("linear", "conv2d", "multiply", "mean"), self._scaled)
+        self.executors |= {"matmul": self._matmul, "layer_norm": _layer_norm, "add": self._add}
         if calibrated.recipe.nonlinear == "published":
             forms = published_executors(calibrated.graph, self._formats)
             self.executors |= {operator: executor for operator, executor in forms.items() if operator in published}
@@ -78,6 +78,8 @@ class Simulation:
         if value.dtype == torch.float32 and isinstance(qparams, UniformQParams):
             # An image: the program divides it in float32, and what its codes stand for is exact from there on.
             return dequantize(quantize(value, qparams).to(torch.float64), qparams)
+        if (operation.name, position) in self._edges:
+            value = value * self._edges[operation.name, position]
         if isinstance(qparams, CodebookQParams) and (operation.name, position) in self._on_carrier:
             value = apply(qparams.carrier, value)
         return apply(qparams, value).to(torch.float64)
@@ -94,6 +96,16 @@ class Simulation:
             sides = [side * factor.to(side.device) for side, factor in zip(sides, factors, strict=True)]
         return sides[0] + sides[1]
 
+    def _matmul(self, operation: Operation, a: Tensor, b: Tensor) -> Tensor:
+        product = self._scaled(operation, a, b)
+        levels, rows = self._formats.get((operation.name, 0)), self._rows.get(operation.name)
+        if rows is None or not isinstance(levels, RowRelativeQParams):
+            return product
+        # The largest probability of a row has the largest level, so that it says what the levels add up to.
+        total = (levels.peak / a.amax(-1, keepdim=True)).round()
+        numerator, exact = (torch.from_numpy(entry).to(a.device) for entry in (rows.numerator, rows.exact))
+        return product * ((numerator / total).floor() * total / exact)
+
     def _scaled(self, operation: Operation, *operands: Tensor) -> Tensor:
         result: Tensor = EXECUTORS[operation.op](operation, *operands)
         factors = self._factors.get(operation.name)
@@ -105,7 +117,7 @@ def simulate(
     calibrated: Calibrated,
     inputs: Sequence[Tensor],
     published: Collection[str] = PUBLISHED_OPERATORS,
-    factors: Mapping[str, tuple[Scales, ...]] | None = None,
+    multipliers: Multipliers | None = None,
 ) -> tuple[Tensor, ...]:
     """Run the simulation.
 
@@ -113,12 +125,12 @@ def simulate(
         calibrated: a graph with formats.
         inputs: float32 tensors ``(batch, *shape)``.
         published: as :class:`Simulation` has it.
-        factors: as :class:`Simulation` has it.
+        multipliers: as :class:`Simulation` has it.
 
     Returns:
         One float32 tensor for each output.
     """
-    rules = Simulation(calibrated, published, factors)
+    rules = Simulation(calibrated, published, multipliers)
     results = execute(calibrated.graph, inputs, rules.read, rules.executors)
     return tuple(rules.output(index, result) for index, result in enumerate(results))
 

@@ -26,9 +26,9 @@ from calibration.cache import DEFAULT_MEMORY_LIMIT, remove_left_files
 from calibration.calibrated import Calibrated, QParams
 from calibration.engine import Options, Progress, calibrate
 from calibration.graph import execute
-from calibration.integerize import integerize, multiplier_factors
+from calibration.integerize import integerize, multipliers_of
 from calibration.integerize.forms import require_integer_forms
-from calibration.integerize.scales import Scales
+from calibration.integerize.multipliers import Multipliers
 from calibration.progress import ProgressStore
 from calibration.qparams_json import format_label, format_name
 from calibration.rules import Recipe
@@ -82,11 +82,11 @@ class Quantized:
         Raises:
             DataError: inputs of another shape or dtype.
         """
-        return _single(simulate(self.calibrated, inputs, factors=self._factors))
+        return _single(simulate(self.calibrated, inputs, multipliers=self._multipliers))
 
     @functools.cached_property
-    def _factors(self) -> Mapping[str, tuple[Scales, ...]]:
-        return multiplier_factors(self.calibrated)
+    def _multipliers(self) -> Multipliers:
+        return multipliers_of(self.calibrated)
 
     def float(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Run the float graph, without any quantization; shapes as in :meth:`__call__`."""

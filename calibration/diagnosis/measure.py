@@ -30,7 +30,7 @@ from calibration.diagnosis.readings import (
     level_range,
 )
 from calibration.graph import EXECUTORS, Executor, Operation, execute
-from calibration.integerize.scales import Scales
+from calibration.integerize.multipliers import Multipliers
 from calibration.search.operands import local_error
 from calibration.search.ranges import search_activation
 from calibration.simulate import Simulation
@@ -48,7 +48,7 @@ _SEED = 0
 def measure(
     calibrated: Calibrated,
     batches: Iterable[tuple[Tensor, ...]],
-    factors: Mapping[str, tuple[Scales, ...]] | None = None,
+    multipliers: Multipliers | None = None,
     watch: Callable[[FloatRun], None] | None = None,
 ) -> Readings:
     """Measure every layer and every site.
@@ -57,10 +57,10 @@ def measure(
         calibrated: a graph with formats.
         batches: float32 ``(batch, *shape)`` for each input; a few images at a time, for all values of a float run and
             their gradients are held at once.
-        factors: what :func:`calibration.integerize.multiplier_factors` returns; exact ratios where None.
+        multipliers: what :func:`calibration.integerize.multipliers_of` returns; exact ratios where None.
         watch: called with the float run of each micro-batch, which holds the values of the rewritten graph.
     """
-    meter = _Meter(calibrated, factors)
+    meter = _Meter(calibrated, multipliers)
     for batch in batches:
         run = meter.add(batch)
         if watch is not None:
@@ -69,8 +69,8 @@ def measure(
 
 
 class _Meter:
-    def __init__(self, calibrated: Calibrated, factors: Mapping[str, tuple[Scales, ...]] | None) -> None:
-        self._calibrated, self._factors = calibrated, factors
+    def __init__(self, calibrated: Calibrated, multipliers: Multipliers | None) -> None:
+        self._calibrated, self._multipliers = calibrated, multipliers
         self.float = calibrated.rewritten_graph()
         self.site_at = {edge: entry for entry in calibrated.sites for edge in entry.site.edges}
         self.layers = {
@@ -92,7 +92,7 @@ class _Meter:
 
     def add(self, batch: tuple[Tensor, ...]) -> FloatRun:
         run = run_float(self.float, batch, self.layers, _VECTORS, self._generator)
-        simulation = Simulation(self._calibrated, factors=self._factors)
+        simulation = Simulation(self._calibrated, multipliers=self._multipliers)
         with torch.no_grad():
             batch_pass = _Pass(self, run, simulation)
             results = execute(self._calibrated.graph, batch, batch_pass.read, batch_pass.executors)

@@ -1,5 +1,5 @@
 """From a calibrated graph to an IntegerProgram."""
 
-from calibration.integerize.lowering import integerize, multiplier_factors
+from calibration.integerize.lowering import integerize, multipliers_of
 
-__all__ = ["integerize", "multiplier_factors"]
+__all__ = ["integerize", "multipliers_of"]

@@ -11,6 +11,7 @@ import numpy as np
 from calibration.calibrated import QParams
 from calibration.graph import Graph, Operation
 from calibration.integerize.builder import ProgramBuilder
+from calibration.integerize.multipliers import RowDivision
 from calibration.integerize.operands import OperandQParams
 from calibration.integerize.scales import Scales, compress
 from calibration.integerize.shared_requantize import saturation
@@ -36,8 +37,9 @@ class Context(Protocol):
     builder: ProgramBuilder
     formats: Mapping[Edge, QParams]
     shapes: Mapping[str, tuple[int, ...]]
-    #: See :func:`calibration.integerize.multiplier_factors`.
+    #: See :class:`calibration.integerize.multipliers.Multipliers`.
     factors: dict[str, tuple[Scales, ...]]
+    rows: dict[str, RowDivision]
 
     def codes(self, value: str, qparams: OperandQParams) -> str:
         """Return the program value that holds ``value`` in a format: codes, or the levels of a codebook."""

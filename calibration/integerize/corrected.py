@@ -11,6 +11,7 @@ import torch
 from calibration.graph import UNARY_FUNCTIONS, Operation
 from calibration.integerize.context import Context, add_operands
 from calibration.integerize.layer_norm import layer_norm_constants
+from calibration.integerize.multipliers import RowDivision
 from calibration.integerize.operands import OperandQParams, operand_codes
 from calibration.integerize.scales import Scales, compress
 from calibration.integerize.shared_requantize import saturation
@@ -124,6 +125,7 @@ def _normalized(
     ratio = compress(ratio)
     shift = choose_shift(float(ratio.max()), bits=_NUMERATOR_BITS)
     numerator = np.maximum(1, np.rint(ratio * 2.0**shift)).astype(np.int64)
+    context.rows[operation.name] = RowDivision(numerator, ratio * 2.0**shift)
     return context.builder.node(
         "normalize_rows",
         (x, total, context.builder.constant(numerator, f"{operation.name}.numerator")),

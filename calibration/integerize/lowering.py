@@ -20,6 +20,7 @@ from calibration.integerize import corrected
 from calibration.integerize.builder import ProgramBuilder
 from calibration.integerize.context import Accumulator, requantize
 from calibration.integerize.forms import require_integer_forms
+from calibration.integerize.multipliers import Multipliers, RowDivision
 from calibration.integerize.nonlinear import FORMS, ends_in_table
 from calibration.integerize.operands import OperandQParams, operand_codes
 from calibration.integerize.scales import Scales, compress, viewed
@@ -31,9 +32,6 @@ from quantizers.integer.fixed_point import to_fixed_point
 from quantizers.integer.program import IntegerProgram, TensorType
 from quantizers.integer.verify import verify
 from quantizers.uniform import UniformQParams, quantize
-
-#: Bits up to which the rounding of a multiplier cannot be seen.
-_NARROW = 8
 
 
 def integerize(calibrated: Calibrated) -> IntegerProgram:
@@ -49,16 +47,8 @@ def integerize(calibrated: Calibrated) -> IntegerProgram:
     return program
 
 
-def multiplier_factors(calibrated: Calibrated) -> Mapping[str, tuple[Scales, ...]]:
-    """Return what the rounding of multipliers does to 16-bit values: a factor near 1.
-
-    One shift serves a tensor and both sides of a sum, so that a side with much finer steps, int32 sums beside a 16-bit
-    residual, has a multiplier of fewer bits. What it stands for differs from the ratio of the scales by this factor. In
-    values of 8 bits and fewer that cannot be seen.
-
-    Returns:
-        By operation float64 arrays that broadcast from the right to the sample shape of its result: one for each side
-        of a sum, one for the result of any other operation.
+def multipliers_of(calibrated: Calibrated) -> Multipliers:
+    """Return what the multipliers and reciprocals of a network's program stand for.
 
     Raises:
         UnsupportedOperatorError: operators without an integer form.
@@ -66,7 +56,7 @@ def multiplier_factors(calibrated: Calibrated) -> Mapping[str, tuple[Scales, ...
     require_integer_forms(calibrated.graph, calibrated.recipe.nonlinear)
     lowering = _Lowering(calibrated)
     lowering.run()
-    return lowering.factors
+    return lowering.multipliers()
 
 
 class _Lowering:
@@ -77,6 +67,8 @@ class _Lowering:
         self.builder = ProgramBuilder(calibrated.graph.inputs)
         self.shapes: Mapping[str, tuple[int, ...]] = calibrated.graph.shapes()
         self.factors: dict[str, tuple[Scales, ...]] = {}
+        self.rows: dict[str, RowDivision] = {}
+        self._requests: dict[str, dict[UniformQParams, Scales]] = {}
         self._nonlinear = calibrated.recipe.nonlinear
         self._forms = FORMS[self._nonlinear]
         self._codes: dict[tuple[str, OperandQParams], str] = {}
@@ -103,6 +95,45 @@ class _Lowering:
             node = self.builder.node("dequantize", (name, constant), kind, public, "", zero_point=zero_point)
             outputs.append((public, node))
         return self.builder.finish(outputs)
+
+    def multipliers(self) -> Multipliers:
+        """Return what the multipliers of the program stand for, once it has been written."""
+        factors, edges = dict(self.factors), {}
+        added = {
+            root.name
+            for operation in self.graph.operations
+            if operation.op == "add"
+            for position, value in enumerate(operation.inputs)
+            if (operation.name, position) not in self.formats and (root := self.structure.root(value)) is not None
+        }
+        for name, found in self._requests.items():
+            if len(found) == 1 and name not in added:
+                factors[name] = tuple(found.values())
+        for (reader, position), qparams in self.formats.items():
+            wanted = qparams.carrier if isinstance(qparams, CodebookQParams) else qparams
+            if reader == OUTPUT or not isinstance(wanted, UniformQParams):
+                continue
+            request = self._request(self.structure.producers[reader].inputs[position], wanted)
+            if request is not None and request[0] not in factors:
+                factor = self._requests.get(request[0], {}).get(request[1])
+                if factor is not None and factor.size == 1:
+                    edges[reader, position] = float(factor.reshape(-1)[0])
+        return Multipliers(factors, edges, self.rows)
+
+    def _request(self, value: str, qparams: UniformQParams) -> tuple[str, UniformQParams] | None:
+        """Follow a request for codes through views and scalings to the operation that answers it."""
+        while (operation := self.structure.producers.get(value)) is not None:
+            if operation.op in VIEWS:
+                before = before_view(operation, self.shapes[operation.inputs[0]], qparams)
+                if before is None:
+                    return None
+                qparams = before
+            elif operation.op == "scale" and operation.real("factor") > 0:
+                qparams = rescaled(qparams, 1 / operation.real("factor"))
+            else:
+                return operation.name, qparams
+            value = operation.inputs[0]
+        return None
 
     # Codes ------------------------------------------------------------------------------------------
 
@@ -307,10 +338,10 @@ class _Lowering:
         accumulator = self._patch_rows(operation) if is_conv else self.accumulator(operation.name)
         ratio = accumulator.scale / (target.reshape(-1) if is_conv else target)
         name = requantize(self.builder, operation, accumulator.name, ratio, qparams)
-        if qparams.bits > _NARROW:
-            multiplier, shift = to_fixed_point(ratio)
-            factor = multiplier / (np.atleast_1d(ratio) * 2.0**shift)
-            self.factors[operation.name] = (factor.reshape(-1, 1, 1) if is_conv else factor,)
+        multiplier, shift = to_fixed_point(ratio)
+        factor = multiplier / (np.atleast_1d(ratio) * 2.0**shift)
+        found = factor.reshape(-1, 1, 1) if is_conv else factor
+        self._requests.setdefault(operation.name, {})[qparams] = found
         if is_conv:
             name = self._as_planes(operation, name)
         if shared:

@@ -14,7 +14,7 @@ from calibration.diagnosis.gradients import FloatRun
 from calibration.diagnosis.measure import measure
 from calibration.diagnosis.readings import Readings
 from calibration.diagnosis.suggest import Suggestion, combine, output_error, run, suggest
-from calibration.integerize import multiplier_factors
+from calibration.integerize import multipliers_of
 from ptq.api import Quantized
 from quantizers.errors import DataError
 
@@ -102,7 +102,7 @@ def diagnose(
         if progress is not None:
             progress("measure", done, len(batches))
 
-    readings = measure(calibrated, batches, multiplier_factors(calibrated), watch)
+    readings = measure(calibrated, batches, multipliers_of(calibrated), watch)
     found: tuple[Suggestion, ...] = ()
     if suggestions:
         found = suggest(calibrated, readings, batches, suggestions, progress, memory_limit)

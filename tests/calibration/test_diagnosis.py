@@ -19,7 +19,7 @@ from calibration.diagnosis.readings import LayerReading, decibel
 from calibration.diagnosis.suggest import combine, output_error, run, suggest
 from calibration.engine import calibrate
 from calibration.graph import EXECUTORS, execute
-from calibration.integerize import integerize, multiplier_factors
+from calibration.integerize import integerize, multipliers_of
 from calibration.simulate import simulate
 from calibration.trace import trace
 from ptq.recipes import named_recipe
@@ -112,14 +112,14 @@ def test_the_errors_of_one_layer_are_those_of_the_layer(bits: str) -> None:
 def test_sites_explain_the_error_of_the_network(name: str, method: str) -> None:
     """At 8 bits errors are small, so that what each site does to first order adds up to about what is there."""
     result = network(name, method, "w8a8")
-    readings = measure(result, batches(name), multiplier_factors(result))
+    readings = measure(result, batches(name), multipliers_of(result))
     assert readings.images == 8
     effects = sum(site.effect for site in readings.sites)
     assert 0.3 < effects / readings.output < 3.0
     assert all(site.effect >= 0 and site.own >= 0 for site in readings.sites)
     read = {name for layer in readings.layers for name in layer.sites}
     assert read == {site.name for site in readings.sites if site.entry.site.edges[0][0] != "@output"}
-    expected = torch.cat([simulate(result, batch, factors=multiplier_factors(result))[0] for batch in batches(name)])
+    expected = torch.cat([simulate(result, batch, multipliers=multipliers_of(result))[0] for batch in batches(name)])
     assert torch.equal(readings.results[1][:, : expected[0].numel()], expected.flatten(1))
 
 
@@ -176,7 +176,7 @@ def test_every_possible_change_runs_in_integers(name: str, method: str) -> None:
     (x,) = batches(name)[0]
     for change, changed in made:
         program = integerize(changed)
-        expected = simulate(changed, (x,), factors=multiplier_factors(changed))
+        expected = simulate(changed, (x,), multipliers=multipliers_of(changed))
         for found, wanted in zip(interpret(program, x), expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
         entry = next(entry for entry in changed.sites if entry.site.name == change.site)

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from calibration.engine import calibrate
 from calibration.graph import execute
-from calibration.integerize import integerize, multiplier_factors
+from calibration.integerize import integerize, multipliers_of
 from calibration.rules import Rule
 from calibration.simulate import apply, simulate
 from calibration.trace import trace
@@ -56,7 +56,7 @@ def test_levels_behind_sums_are_predicted_to_the_last_code(name: str, family: st
     )
     assert any(isinstance(entry.qparams, CodebookQParams) for entry in result.sites)
     x = images(name, 8, seed=1)
-    expected = simulate(result, (x,), factors=multiplier_factors(result))
+    expected = simulate(result, (x,), multipliers=multipliers_of(result))
     for found, wanted in zip(interpret(integerize(result), x), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
 
@@ -70,7 +70,7 @@ def test_the_program_is_predicted_to_the_last_code(name: str, method: str, bits:
     """What is simulated is what runs: results of the program differ by the rounding of float32 only."""
     result = calibrate(traced(name), [(image,) for image in images(name, 8)], named_recipe(method, bits))
     x = images(name, 8, seed=1)
-    (simulated,) = simulate(result, (x,), factors=multiplier_factors(result))
+    (simulated,) = simulate(result, (x,), multipliers=multipliers_of(result))
     (integers,) = interpret(integerize(result), x)
     torch.testing.assert_close(integers, simulated, rtol=1e-6, atol=1e-6)
 
