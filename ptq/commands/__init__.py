@@ -1,6 +1,7 @@
 """One file a verb."""
 
 from ptq.commands.benchmark import benchmark
+from ptq.commands.check import check
 from ptq.commands.diagnose import diagnose
 from ptq.commands.evaluate import evaluate
 from ptq.commands.export import export
@@ -9,4 +10,4 @@ from ptq.commands.quantize import quantize
 from ptq.commands.recipes import recipes
 from ptq.commands.verify import verify
 
-COMMANDS = (quantize, evaluate, export, inspect, verify, diagnose, benchmark, recipes)
+COMMANDS = (quantize, evaluate, export, inspect, verify, check, diagnose, benchmark, recipes)

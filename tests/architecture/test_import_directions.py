@@ -22,7 +22,7 @@ ALLOWED = {
     "ptq": {
         *("quantizers", "calibration", "tvm_backend"),
         *("click", "numpy", "onnx", "onnxruntime", "rich", "safetensors", "scipy", "torch", "yaml"),
-        *("PIL", "huggingface_hub", "matplotlib", "timm", "torchvision", "transformers"),
+        *("PIL", "huggingface_hub", "matplotlib", "openvino", "timm", "torchvision", "transformers"),
     },
 }
 
