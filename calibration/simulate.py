@@ -3,9 +3,9 @@
 It predicts the integer program, and at 4 bits a prediction has to be exact: where one code of a token falls to the
 other side of a tie, other features follow. So it runs in float64, in which the sums of the program, integers of up to
 31 bits times a scale, are exact (float32 moves one 16-bit residual in a thousand by a step); it adds biases as the
-program holds them, in whole steps of input times weight; and it rounds what LayerNorm normalizes to the 20 fraction
-bits of the program. Levels of a codebook are those nearest to carrier codes where the program has carriers. With the
-program's multipliers and reciprocals it rounds as the program does, to the last of hundreds of millions of codes.
+program holds them, in whole steps of input times weight; LayerNorm normalizes codes as the program does; and levels of
+a codebook are those nearest to carrier codes where the program has carriers. With the program's multipliers and
+reciprocals it rounds as the program does, to the last of hundreds of millions of codes.
 
 Where the recipe asks for the published forms of I-ViT, they are computed as in :mod:`calibration.published`.
 """
@@ -16,15 +16,18 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from calibration.apply import apply
 from calibration.calibrated import Calibrated, QParams
 from calibration.graph import EXECUTORS, VIEWS, Executor, Operation, aligned, execute
+from calibration.integerize.layer_norm import epsilon_in_codes
 from calibration.integerize.multipliers import Multipliers
 from calibration.integerize.nonlinear import ends_in_table
 from calibration.published import PUBLISHED_OPERATORS, published_executors
 from calibration.sites import OUTPUT, Edge, Structure
 from quantizers.codebook import CodebookQParams
+from quantizers.integer.interpret import normalized_deviations
 from quantizers.integer.ops import LAYER_NORM_FRACTION_BITS
 from quantizers.row_relative import RowRelativeQParams
 from quantizers.uniform import UniformQParams, dequantize, quantize
@@ -55,9 +58,10 @@ class Simulation:
         self._on_carrier = _edges_on_carrier(calibrated)
         known = multipliers or Multipliers()
         self._factors = {name: [torch.from_numpy(f) for f in entry] for name, entry in known.factors.items()}
-        self._edges, self._rows = known.edges, known.rows
+        self._edges = {edge: torch.from_numpy(factor) for edge, factor in known.edges.items()}
+        self._rows = known.rows
         self.executors: dict[str, Executor] = dict.fromkeys(("linear", "conv2d", "multiply", "mean"), self._scaled)
-        self.executors |= {"matmul": self._matmul, "layer_norm": _layer_norm, "add": self._add}
+        self.executors |= {"matmul": self._matmul, "layer_norm": self._layer_norm, "add": self._add}
         if calibrated.recipe.nonlinear == "published":
             forms = published_executors(calibrated.graph, self._formats)
             self.executors |= {operator: executor for operator, executor in forms.items() if operator in published}
@@ -79,7 +83,7 @@ class Simulation:
             # An image: the program divides it in float32, and what its codes stand for is exact from there on.
             return dequantize(quantize(value, qparams).to(torch.float64), qparams)
         if (operation.name, position) in self._edges:
-            value = value * self._edges[operation.name, position]
+            value = value * self._edges[operation.name, position].to(value.device)
         if isinstance(qparams, CodebookQParams) and (operation.name, position) in self._on_carrier:
             value = apply(qparams.carrier, value)
         return apply(qparams, value).to(torch.float64)
@@ -95,6 +99,18 @@ class Simulation:
             factors = self._factors[operation.name]
             sides = [side * factor.to(side.device) for side, factor in zip(sides, factors, strict=True)]
         return sides[0] + sides[1]
+
+    def _layer_norm(self, operation: Operation, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        source, unit = self._formats.get((operation.name, 0)), 2.0**LAYER_NORM_FRACTION_BITS
+        if not isinstance(source, UniformQParams) or len(source.scale) > 1:
+            deviations = functional.layer_norm(x, weight[0].shape, eps=operation.real("eps"))
+            return (deviations * unit + 0.5).floor() / unit * weight[0] + bias[0]
+        codes = (x / source.scale[0]).round().to(torch.int64)
+        epsilon = epsilon_in_codes(operation.real("eps"), x.shape[-1], source.scale[0])
+        gain = weight[0]
+        if operation.name in self._factors:
+            gain = gain * self._factors[operation.name][0].to(x.device)
+        return normalized_deviations(codes, epsilon).to(torch.float64) / unit * gain + bias[0]
 
     def _matmul(self, operation: Operation, a: Tensor, b: Tensor) -> Tensor:
         product = self._scaled(operation, a, b)
@@ -152,9 +168,3 @@ def _in_steps(bias: Tensor, formats: Mapping[Edge, QParams], operation: Operatio
         return bias
     step = torch.from_numpy(source.scales() * weight.scales()).to(bias.device)
     return (bias / step).round() * step
-
-
-def _layer_norm(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    unit = 2.0**LAYER_NORM_FRACTION_BITS
-    deviations = torch.nn.functional.layer_norm(x, weight[0].shape, eps=operation.real("eps"))
-    return (deviations * unit + 0.5).floor() / unit * weight[0] + bias[0]

@@ -40,6 +40,8 @@ class Context(Protocol):
     #: See :class:`calibration.integerize.multipliers.Multipliers`.
     factors: dict[str, tuple[Scales, ...]]
     rows: dict[str, RowDivision]
+    #: Factors of the weights of LayerNorms, one for each format that is made of a result.
+    norms: dict[str, list[Scales]]
 
     def codes(self, value: str, qparams: OperandQParams) -> str:
         """Return the program value that holds ``value`` in a format: codes, or the levels of a codebook."""

@@ -31,6 +31,9 @@ def layer_norm(context: Context, operation: Operation, qparams: UniformQParams) 
     x = context.codes(operation.inputs[0], source)
     gamma, beta = (context.graph.constants[name].numpy().astype(np.float64) for name in operation.inputs[1:])
     made = layer_norm_constants(gamma, beta, operation.real("eps"), source.scale[0], qparams.scales())
+    # Where several formats are made of one result, each has weights of its own, and no factor is right for all.
+    gain = made.weight / np.where(made.weight == 0, 1, made.gain * 2.0**made.shift)
+    context.norms.setdefault(operation.name, []).append(np.where(made.weight == 0, 1.0, gain))
     weight = builder.constant(made.weight, f"{operation.name}.weight")
     bias = builder.constant(made.bias, f"{operation.name}.bias")
     return builder.node(

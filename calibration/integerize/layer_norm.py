@@ -20,12 +20,14 @@ class LayerNormConstants:
         bias: int64 (C,).
         epsilon: added to ``C^2 variance / scale^2``, at least 1.
         shift: 1 to 62.
+        gain: float64 (C,), what ``weight / 2^shift`` rounds.
     """
 
     weight: npt.NDArray[np.int32]
     bias: npt.NDArray[np.int64]
     epsilon: int
     shift: int
+    gain: npt.NDArray[np.float64]
 
 
 def layer_norm_constants(
@@ -50,6 +52,11 @@ def layer_norm_constants(
     shift = min(choose_shift(float(np.abs(gain).max())), choose_shift(float(np.abs(offset).max()), bits=60))
     weight = np.rint(gain * 2.0**shift).astype(np.int32)
     bias = np.array([round(float(value) * 2**shift) for value in offset], np.int64)
-    epsilon = max(1, round(eps * (len(gamma) / input_scale) ** 2))
+    return LayerNormConstants(weight, bias, epsilon_in_codes(eps, len(gamma), input_scale), shift, gain)
+
+
+def epsilon_in_codes(eps: float, width: int, input_scale: float) -> int:
+    """Return what is added to ``C^2 variance`` of codes in the place of ``eps``."""
+    epsilon = max(1, round(eps * (width / input_scale) ** 2))
     # Beyond this every channel is noise below eps, and the sum with the variance would leave 62 bits.
-    return LayerNormConstants(weight, bias, min(epsilon, 2**60), shift)
+    return min(epsilon, 2**60)

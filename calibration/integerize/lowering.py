@@ -9,7 +9,7 @@ projection), one requantize with a multiplier per channel serves them all.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 
@@ -68,6 +68,7 @@ class _Lowering:
         self.shapes: Mapping[str, tuple[int, ...]] = calibrated.graph.shapes()
         self.factors: dict[str, tuple[Scales, ...]] = {}
         self.rows: dict[str, RowDivision] = {}
+        self.norms: dict[str, list[Scales]] = {}
         self._requests: dict[str, dict[UniformQParams, Scales]] = {}
         self._nonlinear = calibrated.recipe.nonlinear
         self._forms = FORMS[self._nonlinear]
@@ -99,6 +100,7 @@ class _Lowering:
     def multipliers(self) -> Multipliers:
         """Return what the multipliers of the program stand for, once it has been written."""
         factors, edges = dict(self.factors), {}
+        factors |= {name: (found[0],) for name, found in self.norms.items() if len(found) == 1}
         added = {
             root.name
             for operation in self.graph.operations
@@ -109,31 +111,27 @@ class _Lowering:
         for name, found in self._requests.items():
             if len(found) == 1 and name not in added:
                 factors[name] = tuple(found.values())
-        for (reader, position), qparams in self.formats.items():
+        for edge, qparams in self.formats.items():
             wanted = qparams.carrier if isinstance(qparams, CodebookQParams) else qparams
-            if reader == OUTPUT or not isinstance(wanted, UniformQParams):
-                continue
-            request = self._request(self.structure.producers[reader].inputs[position], wanted)
-            if request is not None and request[0] not in factors:
-                factor = self._requests.get(request[0], {}).get(request[1])
-                if factor is not None and factor.size == 1:
-                    edges[reader, position] = float(factor.reshape(-1)[0])
+            if edge[0] != OUTPUT and isinstance(wanted, UniformQParams):
+                factor = self._factor_of_request(self.structure.producers[edge[0]].inputs[edge[1]], wanted, factors)
+                if factor is not None:
+                    edges[edge] = compress(factor)
         return Multipliers(factors, edges, self.rows)
 
-    def _request(self, value: str, qparams: UniformQParams) -> tuple[str, UniformQParams] | None:
-        """Follow a request for codes through views and scalings to the operation that answers it."""
-        while (operation := self.structure.producers.get(value)) is not None:
-            if operation.op in VIEWS:
-                before = before_view(operation, self.shapes[operation.inputs[0]], qparams)
-                if before is None:
-                    return None
-                qparams = before
-            elif operation.op == "scale" and operation.real("factor") > 0:
-                qparams = rescaled(qparams, 1 / operation.real("factor"))
-            else:
-                return operation.name, qparams
-            value = operation.inputs[0]
-        return None
+    def _factor_of_request(self, value: str, qparams: UniformQParams, known: Collection[str]) -> Scales | None:
+        """Return the factor of the multiplier that makes a value in a format, where it is not its operation's own."""
+        operation = self.structure.producers.get(value)
+        if operation is None:
+            return None
+        source = operation.inputs[0]
+        if operation.op in VIEWS:
+            before = before_view(operation, self.shapes[source], qparams)
+            inner = None if before is None else self._factor_of_request(source, before, known)
+            return None if inner is None else viewed(operation, np.broadcast_to(inner, self.shapes[source]))
+        if operation.op == "scale" and operation.real("factor") > 0:
+            return self._factor_of_request(source, rescaled(qparams, 1 / operation.real("factor")), known)
+        return None if operation.name in known else self._requests.get(operation.name, {}).get(qparams)
 
     # Codes ------------------------------------------------------------------------------------------
 

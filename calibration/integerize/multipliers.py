@@ -38,10 +38,10 @@ class Multipliers:
     Args:
         factors: by operation float64 arrays that broadcast from the right to the sample shape of its result: one for
             each side of a sum, one for the result of any other operation.
-        edges: factors of operands, for results that several formats are made of, with a multiplier for each.
+        edges: factors of operands, likewise, of results that several formats are made of with a multiplier for each.
         rows: by operation, of products that are divided by the sums of rows.
     """
 
     factors: Mapping[str, tuple[Scales, ...]] = field(default_factory=dict)
-    edges: Mapping[Edge, float] = field(default_factory=dict)
+    edges: Mapping[Edge, Scales] = field(default_factory=dict)
     rows: Mapping[str, RowDivision] = field(default_factory=dict)

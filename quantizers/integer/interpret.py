@@ -125,11 +125,16 @@ def _normalize_rows(node: Node, x: Tensor, total: Tensor, numerator: Tensor) -> 
     return saturate(shift_round(x.to(torch.int64) * reciprocal, node), node)
 
 
-def _layer_norm(node: Node, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    codes = x.to(torch.int64)
+def normalized_deviations(codes: Tensor, epsilon: int) -> Tensor:
+    """Return deviations from the row's mean in 2^-20 standard deviations, int64, same shape.
+
+    Args:
+        codes: int64 (..., C).
+        epsilon: added to ``C^2 variance``, at least 1.
+    """
     width = codes.shape[-1]
     total = codes.sum(-1, keepdim=True)
-    variance = width * (codes * codes).sum(-1, keepdim=True) - total * total + node.integer("epsilon")
+    variance = width * (codes * codes).sum(-1, keepdim=True) - total * total + epsilon
     exponent = torch.zeros_like(variance)
     for step in (16, 8, 4, 2, 1):
         room = variance < (1 << (62 - 2 * step))
@@ -137,7 +142,11 @@ def _layer_norm(node: Node, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         exponent = torch.where(room, exponent + step, exponent)
     reciprocal = (1 << 61) // integer_sqrt(variance)
     shift = 61 - LAYER_NORM_FRACTION_BITS - exponent
-    normalized = ((width * codes - total) * reciprocal + (torch.ones_like(shift) << (shift - 1))) >> shift
+    return ((width * codes - total) * reciprocal + (torch.ones_like(shift) << (shift - 1))) >> shift
+
+
+def _layer_norm(node: Node, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    normalized = normalized_deviations(x.to(torch.int64), node.integer("epsilon"))
     return saturate(shift_round(normalized * weight[0].to(torch.int64) + bias[0], node), node)
 
 
