@@ -62,6 +62,22 @@ def write_artifact(directory: Path, description: Mapping[str, Any], files: Mappi
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file beside its place, then rename it there; its directory is made if absent.
+
+    Raises:
+        UsageError: the path exists.
+    """
+    refuse_existing(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def read_artifact(directory: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Return the manifest and the files of an artifact.
 

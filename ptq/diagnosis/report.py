@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 
 from calibration.diagnosis.readings import SiteReading, level_range
 from calibration.statistics import Histogram
-from ptq.artifact import refuse_existing
+from ptq.artifact import write_file
 from ptq.diagnosis import Diagnosis
 from ptq.recipe import dump_recipe
 from quantizers.codebook import CodebookQParams
@@ -41,15 +40,7 @@ def write_report(
     Raises:
         UsageError: the path exists.
     """
-    refuse_existing(path)
-    text = report_text(diagnosis, described, timings)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(path, report_text(diagnosis, described, timings).encode())
 
 
 def report_text(diagnosis: Diagnosis, described: Mapping[str, Any], timings: Sequence[Mapping[str, Any]] = ()) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 
-from ptq.artifact import refuse_existing
+from ptq.artifact import refuse_existing, write_file
 
 
 def write_model(build: Callable[[], onnx.ModelProto], path: Path) -> None:
@@ -24,10 +23,4 @@ def write_model(build: Callable[[], onnx.ModelProto], path: Path) -> None:
     refuse_existing(path)
     model = build()
     onnx.checker.check_model(model, full_check=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(model.SerializeToString(deterministic=True))
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(path, model.SerializeToString(deterministic=True))
