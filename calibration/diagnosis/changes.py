@@ -24,7 +24,7 @@ from calibration.rules import is_possible
 from calibration.sites import OUTPUT, Edge, Site, Structure
 from calibration.stream import Stream
 from quantizers.errors import RecipeError
-from quantizers.spec import MAX_BITS, QuantSpec
+from quantizers.spec import QuantSpec
 
 #: Widths that a change may go up to, the next one first.
 _WIDTHS = (3, 4, 6, 8)
@@ -69,7 +69,7 @@ def possible_changes(calibrated: Calibrated, site: str) -> tuple[Change, ...]:
     richest = _richest(calibrated, entry)
     specs = [richest]
     wider = [bits for bits in _WIDTHS if bits > entry.spec.bits]
-    if wider and entry.spec.bits < MAX_BITS:
+    if wider:
         specs.append(dataclasses.replace(richest, bits=wider[0]))
     return tuple(Change(site, entry.site.kind, entry.spec, spec) for spec in specs)
 

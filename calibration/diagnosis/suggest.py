@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,13 +12,11 @@ from calibration.cache import DEFAULT_MEMORY_LIMIT
 from calibration.calibrated import Calibrated
 from calibration.diagnosis.changes import Change, ChangeMaker, possible_changes, with_format
 from calibration.diagnosis.readings import Readings, decibel
+from calibration.engine import Progress
 from calibration.simulate import simulate
 
 #: Gains below this, in decibel of the network's result, are noise of the images that happen to be there.
 SMALLEST_GAIN = 0.05
-
-#: Called with a stage, what is done and what there is to do.
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

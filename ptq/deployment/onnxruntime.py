@@ -51,12 +51,13 @@ def run_onnxruntime(path: Path, products: tuple[Product, ...], threads: int, cal
             raise ArtifactError(f"onnxruntime refuses {path}: {' '.join(str(error).split())[:300]}") from error
         times = _times(json.loads(Path(session.end_profiling()).read_text(encoding="utf-8")), calls)
         nodes = list(onnx.load(optimized).graph.node)
-    # A fused kernel keeps the product's name or its result's; where a quantizer has moved, neither need be the other.
-    makers = {name: node for node in nodes for name in (*node.output, node.name) if name}
+    # A fused kernel gives the product's result, or, where a quantizer has moved, bears the product's name.
+    makers = {name: node for node in nodes for name in node.output}
+    named = {node.name: node for node in nodes}
     kernels: dict[str, Kernel] = {}
     taken: set[str] = set()
     for product in products:
-        node = next((makers[name] for name in (*product.outputs, product.name) if name in makers), None)
+        node = next((makers[name] for name in product.outputs if name in makers), named.get(product.name))
         if node is not None:
             kernels[product.name] = Kernel(node.op_type, node.op_type in _INTEGER, times.get(node.name))
             taken.add(node.name)

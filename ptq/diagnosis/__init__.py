@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from calibration.diagnosis.gradients import FloatRun
 from calibration.diagnosis.measure import measure
 from calibration.diagnosis.readings import Readings
 from calibration.diagnosis.suggest import Suggestion, combine, output_error, run, suggest
+from calibration.engine import Progress
 from calibration.integerize import multipliers_of
 from ptq.api import Quantized
 from quantizers.errors import DataError
@@ -22,9 +23,6 @@ from quantizers.errors import DataError
 DEFAULT_SUGGESTIONS = 6
 #: Images of a float run and its gradients, all of whose values are held at once.
 _MICRO_BATCH = 4
-
-#: Called with a stage, what is done and what there is to do.
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,15 +7,11 @@ from collections.abc import Mapping
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from calibration.calibrated import Calibrated
+from ptq.onnx_export.assemble import assemble_model
 from ptq.onnx_export.builder import NodeBuilder
 from ptq.onnx_export.operators import WRITERS
 from ptq.onnx_export.writer import GraphWriter
-from ptq.version import tool_version
 
-#: Gelu is one node from here on; from 23 on, attention may be, and leaves no place for its formats.
-OPSET = 20
-#: The oldest file format that has this opset, for the sake of older runtimes.
-IR_VERSION = 9
 _DOCUMENTATION = (
     "Quantized Vision Transformer. Inputs and outputs keep the names of the traced model; the first axis of "
     "each is the batch. Weights are named as in the checkpoint: <name>_quantized holds codes, <name>_scale their "
@@ -44,22 +40,14 @@ def build_model(calibrated: Calibrated, metadata: Mapping[str, str]) -> ModelPro
     for name, value in graph.outputs:
         if writer.value(value) != name:
             builder.node("Identity", (writer.value(value),), name)
-    model = helper.make_model(
-        helper.make_graph(
-            builder.nodes,
-            "quantized",
-            [_value_info(name, shape) for name, shape in graph.inputs],
-            [_value_info(name, shapes[value]) for name, value in graph.outputs],
-            builder.initializers,
-        ),
-        opset_imports=[helper.make_opsetid("", OPSET)],
-        ir_version=IR_VERSION,
-        producer_name="vit-ptq",
-        producer_version=tool_version(),
-        doc_string=_DOCUMENTATION,
+    return assemble_model(
+        builder,
+        "quantized",
+        [_value_info(name, shape) for name, shape in graph.inputs],
+        [_value_info(name, shapes[value]) for name, value in graph.outputs],
+        _DOCUMENTATION,
+        metadata,
     )
-    helper.set_model_props(model, {key: metadata[key] for key in sorted(metadata)})
-    return model
 
 
 def _value_info(name: str, shape: tuple[int, ...]) -> ValueInfoProto:

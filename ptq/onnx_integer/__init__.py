@@ -15,12 +15,11 @@ from pathlib import Path
 
 from onnx import ModelProto, ValueInfoProto, helper
 
+from ptq.onnx_export.assemble import assemble_model
 from ptq.onnx_export.builder import NodeBuilder
 from ptq.onnx_export.files import write_model
-from ptq.onnx_export.model import IR_VERSION, OPSET
 from ptq.onnx_integer.operators import WRITERS
 from ptq.onnx_integer.writer import ELEMENT_TYPES, ProgramWriter
-from ptq.version import tool_version
 from quantizers.integer.program import IntegerProgram, TensorType
 
 _DOCUMENTATION = (
@@ -50,22 +49,14 @@ def build_integer_model(program: IntegerProgram, metadata: Mapping[str, str]) ->
     for name, value in program.outputs:
         if writer.value(value) != name:
             builder.node("Identity", (writer.value(value),), name)
-    model = helper.make_model(
-        helper.make_graph(
-            builder.nodes,
-            "integer_program",
-            [_value_info(name, kind) for name, kind in program.inputs],
-            [_value_info(name, types[value]) for name, value in program.outputs],
-            builder.initializers,
-        ),
-        opset_imports=[helper.make_opsetid("", OPSET)],
-        ir_version=IR_VERSION,
-        producer_name="vit-ptq",
-        producer_version=tool_version(),
-        doc_string=_DOCUMENTATION,
+    return assemble_model(
+        builder,
+        "integer_program",
+        [_value_info(name, kind) for name, kind in program.inputs],
+        [_value_info(name, types[value]) for name, value in program.outputs],
+        _DOCUMENTATION,
+        metadata,
     )
-    helper.set_model_props(model, {key: metadata[key] for key in sorted(metadata)})
-    return model
 
 
 def export_onnx_integer(program: IntegerProgram, path: Path, metadata: Mapping[str, str]) -> None:

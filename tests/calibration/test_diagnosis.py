@@ -84,6 +84,7 @@ def test_signs_price_many_results_in_the_mean() -> None:
     ran = run_float(graph, (x,), {first.name}, 2000, torch.Generator().manual_seed(1))
     error = torch.randn(4, 5, generator=torch.Generator().manual_seed(2))
     expected = (error @ layers[1].weight.detach().T).square().sum(1)  # type: ignore[union-attr]
+    # The mean of 2,000 squares deviates by a thirtieth: five times that.
     torch.testing.assert_close(ran.dots(first.name, error).square().mean(0).float(), expected, rtol=0.15, atol=0.0)
 
 
@@ -143,6 +144,7 @@ def test_a_scale_that_is_eight_times_too_large_is_found_and_repaired(method: str
         assert entry.site.name in worst.sites, (entry.site.name, worst)
         found = suggest(bad, readings, batches("ours"), 2)
         assert found[0].change.site == entry.site.name
+        # In decibel; the last of them depends on how this site's rounding meets that of all others.
         assert found[0].gain > 0.9 * lost(good, bad), entry.site.name
 
 
@@ -178,7 +180,7 @@ def test_every_possible_change_runs_in_integers(name: str, method: str) -> None:
         program = integerize(changed)
         expected = simulate(changed, (x,), multipliers=multipliers_of(changed))
         for found, wanted in zip(interpret(program, x), expected, strict=True):
-            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
         entry = next(entry for entry in changed.sites if entry.site.name == change.site)
         assert entry.spec == change.after
         assert entry.qparams.bits >= change.before.bits

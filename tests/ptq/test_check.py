@@ -12,9 +12,9 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
+from support.command_line import run
 from support.embedded import write_images, write_model
 
-from ptq.cli import main
 from ptq.deployment import UNEXPLAINED, check_deployment
 from ptq.deployment.products import find_products
 from quantizers.errors import ArtifactError, UsageError
@@ -34,12 +34,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run("quantize", folder / "model", "--data", folder / "data.npz", "-o", folder / "out", "--method", "minmax")
     run("export", folder / "out", "--format", "onnx", "-o", folder / "model.onnx")
     return folder / "model.onnx"
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    return int(stop.value.code or 0)
 
 
 def changed(source: Path, target: Path, change: Callable[[onnx.ModelProto], None]) -> Path:

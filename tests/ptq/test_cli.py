@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from support.codebooks import GELU_LOW, with_codebooks
+from support.command_line import run
 from support.embedded import write_images, write_model
 
 import ptq
 import ptq.commands.backends
 from calibration.integerize import integerize
-from ptq.cli import main
 from ptq.commands.options import Target
 from ptq.recipes import DEFAULT_METHOD, RECIPES
 from quantizers.adalog import adalog
@@ -32,12 +32,6 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(folder / "data.npz")
     run("quantize", str(folder / "model"), "--data", str(folder / "data.npz"), "-o", str(folder / "out"))
     return folder
-
-
-def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main(list(arguments))
-    return int(stop.value.code or 0)
 
 
 def json_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> object:

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
+from support.command_line import run
 from support.embedded import write_images, write_model
 
 import ptq
-from ptq.cli import main
 
 ALL_KEPT = dict.fromkeys(("simulate", "tvm", "onnx-integer", "onnxruntime"), True)
 
@@ -23,12 +23,6 @@ def workspace(tmp_path: Path) -> Path:
     write_model(tmp_path / "model")
     write_images(tmp_path / "data.npz")
     return tmp_path
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    return int(stop.value.code or 0)
 
 
 def quantized(workspace: Path, *extra: object, data: str = "data.npz") -> Path:

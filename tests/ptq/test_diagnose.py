@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.command_line import run
 from support.embedded import write_images, write_model
 
 import ptq
 from calibration.rules import assign_specs
-from ptq.cli import main
 from ptq.diagnosis import diagnose
 from ptq.diagnosis.document import document
 from ptq.diagnosis.report import report_text
@@ -37,12 +37,6 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out, data = folder / "out", folder / "data.npz"
     assert run("diagnose", out, "--data", data, "--html", folder / "report.html", "--limit", "16") == 0
     return folder
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    return int(stop.value.code or 0)
 
 
 def test_json_is_one_document_with_everything(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:

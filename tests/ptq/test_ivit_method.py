@@ -7,22 +7,16 @@ import json
 from pathlib import Path
 
 import pytest
+from support.command_line import run
 from support.embedded import write_images, write_model
 
 import ptq
 from calibration.rules import NONLINEAR, Recipe, Rule
-from ptq.cli import main
 from ptq.recipe import dump_recipe, parse_recipe
 from ptq.recipes import RECIPES, named_recipe
 from quantizers.errors import RecipeError
 from quantizers.integer.regimes import REGIMES
 from quantizers.spec import QuantSpec
-
-
-def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main(list(arguments))
-    return int(stop.value.code or 0)
 
 
 @pytest.fixture(scope="module")
