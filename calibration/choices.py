@@ -93,12 +93,12 @@ class Chooser:
         stats = self._histograms(site, operation, position, heads)
         if spec.search in RANGE_SEARCHES and spec.format == "uniform":
             return search_heads(stats, spec) if spec.granularity == "head" else search_activation(stats[0], spec)
-        if site.kind in ("query", "key", "value") and families_of(spec.format) == ("uniform",):
+        if site.kind in ("query", "key", "value") and families_of(spec.format, spec.bits) == ("uniform",):
             return self._choose_attention_operand(operation, position, spec, stats)
         error = self._error_at_result(site, operation, position)
         if spec.search == "percentile_output" and spec.format == "uniform":
             return search_percentiles(stats[0], spec, error)
-        return search_operand(stats[0], spec, error, families_of(spec.format))
+        return search_operand(stats[0], spec, error, families_of(spec.format, spec.bits))
 
     def _histograms(self, site: Site, operation: Operation, position: int, heads: int | None) -> list[Histogram]:
         stats = [empty() for _ in range(heads or 1)]
@@ -165,7 +165,7 @@ class Chooser:
     def _choose_probabilities(self, operation: Operation, spec: QuantSpec) -> QParams:
         if self._recipe.nonlinear == "published":
             return ShiftmaxQParams(spec.bits)
-        families = families_of(spec.format)
+        families = families_of(spec.format, spec.bits)
         if families == ("uniform",):
             return RowRelativeQParams(uniform_codebook(spec.bits))
         # The scores as the softmax reads them, for what it makes of them is recomputed.

@@ -9,6 +9,7 @@ from quantizers.adalog import Q_RANGE, adalog
 from quantizers.codebook import Codebook, uniform_codebook
 from quantizers.errors import UsageError
 from quantizers.logarithm import log2, log_sqrt2
+from quantizers.spec import MAX_BITS
 from quantizers.sulq import SHIFTS, sulq
 from quantizers.tangent import ALPHAS, tangent
 
@@ -55,6 +56,16 @@ def candidates(family: str, bits: int) -> tuple[Codebook, ...]:
     return tuple(found.values())
 
 
-def families_of(format_name: str) -> tuple[str, ...]:
-    """Return the families that a spec's format allows: all of them for ``any``, uniform first."""
-    return tuple(FAMILIES) if format_name == "any" else (format_name,)
+def families_of(format_name: str, bits: int) -> tuple[str, ...]:
+    """Return the families that a spec's format allows: all of them for ``any``, uniform first.
+
+    Levels are whole steps of an 8-bit grid. At 8 bits even levels are all of these steps, so that no other family has a
+    level nearer to any value, and ``any`` is uniform: as good, and without a table, which other runtimes pay for.
+
+    Args:
+        format_name: a key of :data:`FAMILIES`, or ``any``.
+        bits: 2 to 8.
+    """
+    if format_name != "any":
+        return (format_name,)
+    return tuple(FAMILIES) if bits < MAX_BITS else ("uniform",)

@@ -12,7 +12,7 @@ from torch import Tensor
 from quantizers.adalog import Q_RANGE, adalog, table
 from quantizers.codebook import Codebook, CodebookQParams, fake_quantize_codebook, uniform_codebook
 from quantizers.errors import UsageError
-from quantizers.families import FAMILIES, candidates
+from quantizers.families import FAMILIES, candidates, families_of
 from quantizers.logarithm import log2, log_sqrt2
 from quantizers.sulq import SHIFTS, sulq
 from quantizers.tangent import ALPHAS, tangent
@@ -54,6 +54,16 @@ def test_the_registry_has_these_names() -> None:
     assert list(FAMILIES) == ["uniform", "log2", "log_sqrt2", "adalog", "tangent", "sulq"]
     with pytest.raises(UsageError, match="codebook family is 'log3', expected one of uniform, log2, log_sqrt2"):
         candidates("log3", 4)
+
+
+def test_any_family_is_the_uniform_one_at_8_bits() -> None:
+    """Even levels are all steps of the grid there, so that no family has a level that they have not."""
+    (even,) = candidates("uniform", 8)
+    assert even.levels == tuple(range(256))
+    assert families_of("any", 8) == ("uniform",)
+    for bits in range(2, 8):
+        assert families_of("any", bits) == tuple(FAMILIES)
+    assert families_of("tangent", 8) == ("tangent",)
 
 
 @pytest.mark.parametrize("bits", [1, 9])
