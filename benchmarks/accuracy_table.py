@@ -14,7 +14,7 @@ NETWORKS = ("fashion", "dinov2")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One method at one width, calibrated with one seed; accuracies in percent."""
+    """One method at one width, calibrated with one seed; accuracies in percent, of all ``queries`` and of the first."""
 
     network: str
     method: str
@@ -24,6 +24,8 @@ class Row:
     simulate: float | None
     integer: float
     integer_same_queries: float | None
+    queries: int | None
+    float_all: float | None
     integer_all: float | None
     cosine: float | None
     seconds: float
@@ -42,7 +44,7 @@ def table(rows: list[Row]) -> str:
         lines += ["", f"{network}: float {mine[0].float_accuracy:.1f}", ""]
         extra = network == "dinov2"
         head = ["method", "bits", "levels", "seeds", "simulate", "integer, same images", "integer"]
-        head += ["integer, 2,000 queries", "cosine"] if extra else []
+        head += [f"integer, {mine[0].queries:,} queries", "cosine"] if extra else []
         head += ["seconds", "peak MB"]
         lines += ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
         for bits in BITS:
@@ -64,18 +66,25 @@ def summary(rows: list[Row]) -> str:
     lines = []
     for network in NETWORKS:
         mine = [row for row in rows if row.network == network]
-        widths = [bits for bits in BITS if any(row.bits == bits for row in mine)]
         if not mine:
             continue
-        seeds = sorted({row.seed for row in mine})
-        lines += ["", f"{network}: float {mine[0].float_accuracy:.1f}; seeds {', '.join(map(str, seeds))}", ""]
-        lines += [f"| method | {' | '.join(widths)} |", f"| --- |{' --- |' * len(widths)}"]
-        for method in METHODS:
-            groups = [[row for row in mine if (row.method, row.bits) == (method, bits)] for bits in widths]
-            if any(groups):
-                cells = (_cell([row.integer for row in group], 1) for group in groups)
-                lines.append(f"| {method} | {' | '.join(cells)} |")
+        seeds = ", ".join(str(seed) for seed in sorted({row.seed for row in mine}))
+        lines += _by_width(mine, f"{network}: float {mine[0].float_accuracy:.1f}; seeds {seeds}", "integer")
+        if mine[0].float_all is not None:
+            heading = f"{network}, all {mine[0].queries:,} queries: float {mine[0].float_all:.1f}; seeds {seeds}"
+            lines += _by_width(mine, heading, "integer_all")
     return "\n".join(lines) + "\n"
+
+
+def _by_width(rows: list[Row], heading: str, measure: str) -> list[str]:
+    widths = [bits for bits in BITS if any(row.bits == bits for row in rows)]
+    lines = ["", heading, "", f"| method | {' | '.join(widths)} |", f"| --- |{' --- |' * len(widths)}"]
+    for method in METHODS:
+        groups = [[row for row in rows if (row.method, row.bits) == (method, bits)] for bits in widths]
+        if any(groups):
+            cells = (_cell([getattr(row, measure) for row in group], 1) for group in groups)
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+    return lines
 
 
 def _cell(values: list[float | None], digits: int) -> str:

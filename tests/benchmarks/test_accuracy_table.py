@@ -6,7 +6,7 @@ from accuracy_table import Row, summary, table
 
 
 def row(network: str, method: str, bits: str, seed: int, integer: float, simulate: float | None) -> Row:
-    extra = (integer - 1, 0.5) if network == "dinov2" else (None, None)
+    extra = (3000, 89.0, integer - 1, 0.5) if network == "dinov2" else (None,) * 4
     return Row(
         network, method, bits, seed, 90.0, simulate, integer, simulate, *extra, 10.0 + seed, 500.0 + seed, 16, "c"
     )
@@ -26,6 +26,9 @@ def test_summary_has_a_row_a_method_and_a_column_a_width() -> None:
     assert "| method | w8a8 | w4a4 |" in lines
     assert "| auto | - | 71.0 (2.0) |" in lines
     assert "| mse | 80.0 | - |" in lines
+    start = lines.index("dinov2, all 3,000 queries: float 89.0; seeds 0, 1")
+    assert "| auto | - | 70.0 (2.0) |" in lines[start:]
+    assert not any(line.startswith("fashion, all") for line in lines)
     assert lines.index("fashion: float 90.0; seeds 0") < lines.index("dinov2: float 90.0; seeds 0, 1")
 
 
