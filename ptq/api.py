@@ -125,15 +125,23 @@ class Quantized:
 
         write_bundle(self.program, Path(directory), target)
 
-    def export_onnx(self, path: str | Path) -> None:
+    def export_onnx(
+        self, path: str | Path, target: str = "onnxruntime", *, int4: bool = False, batch_size: int | None = None
+    ) -> None:
         """Write an INT8 ONNX file with quantize and dequantize nodes at opset 20.
 
+        Args:
+            path: the file.
+            target: the runtime that it is laid out for: ``onnxruntime``, ``openvino``, ``tensorrt`` or ``portable``.
+            int4: store weights of at most 4 bits as int4, at opset 21; their layers read float activations.
+            batch_size: the only one that the file takes; any where None.
+
         Raises:
-            UsageError: the file exists.
+            UsageError: the file exists, the target is unknown, or there are no weights for int4.
         """
         from ptq.onnx_export import export_onnx
 
-        export_onnx(self.calibrated, Path(path), self.metadata())
+        export_onnx(self.calibrated, Path(path), self.metadata(), target, int4=int4, batch_size=batch_size)
 
     def export_onnx_integer(self, path: str | Path) -> None:
         """Write the integer program in standard ONNX operators, equal to :meth:`integer` in every bit; opset 20.

@@ -35,9 +35,16 @@ class SharedRequantize:
 
 
 def plan_shared_requantize(
-    structure: Structure, formats: Mapping[Edge, QParams], operation: Operation
+    structure: Structure, formats: Mapping[Edge, QParams], operation: Operation, fewest: int = 2
 ) -> SharedRequantize | None:
-    """Return the shared requantize of a linear or convolution, or None where one reader or overlap forbids it."""
+    """Return the shared requantize of a linear or convolution, or None where overlap or zero points forbid it.
+
+    Args:
+        structure: of the graph.
+        formats: of its edges.
+        operation: a linear or a convolution.
+        fewest: formats that are worth it.
+    """
     channel_axis = -1 if operation.op == "linear" else -len(operation.shape)
     extents = [1] * len(operation.shape)
     extents[channel_axis] = channels = operation.shape[channel_axis]
@@ -57,7 +64,7 @@ def plan_shared_requantize(
             return None
         taken[demand.channels] = True
         scale[demand.channels] = np.broadcast_to(qparams.scale, channels)[demand.channels]
-    if len(demands) < 2:
+    if len(demands) < fewest:
         return None
     return SharedRequantize(scale.reshape(extents), frozenset(demand.qparams for demand in demands))
 

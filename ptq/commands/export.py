@@ -15,24 +15,30 @@ from ptq.commands.options import open_artifact
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="File (ONNX) or directory (tvm).")
 @click.option(
     "--target",
-    default="cpu",
-    show_default=True,
-    help="For tvm: cpu is this machine; else a name such as x86-64-avx2 or aarch64-dotprod; an unknown name lists all.",
+    help="For onnx: the runtime, onnxruntime (default), openvino, tensorrt or portable. For tvm: cpu (default) is this "
+    "machine; else a name such as x86-64-avx2 or aarch64-dotprod; an unknown name lists all.",
 )
-def export(out: Path, format_name: str, output: Path, target: str) -> None:
+@click.option("--int4", is_flag=True, help="For onnx: store weights of at most 4 bits as int4, with float activations.")
+@click.option("--batch-size", type=click.IntRange(1), help="For onnx: the only one that the file takes.  [any]")
+def export(out: Path, format_name: str, output: Path, target: str | None, int4: bool, batch_size: int | None) -> None:
     """Export OUT as an INT8 ONNX file, or as a compiled bundle that runs without torch.
 
-    onnx has quantize and dequantize nodes, which runtimes turn into their own integer kernels. onnx-integer is the
-    integer program itself in standard integer operators: slower, and equal to the interpreter in every bit.
+    onnx has quantize and dequantize nodes where the runtime of --target makes integer kernels of them. onnx-integer is
+    the integer program itself in standard integer operators: slower, and equal to the interpreter in every bit.
     """
     from ptq.artifact import refuse_existing
+    from ptq.onnx_export.layout import DEFAULT_TARGET
 
+    if format_name != "onnx" and (int4 or batch_size is not None):
+        raise click.UsageError(f"--int4 and --batch-size are for --format onnx, not for {format_name}")
+    if format_name == "onnx-integer" and target is not None:
+        raise click.UsageError("--format onnx-integer is the same for every runtime; leave out --target")
     quantized = open_artifact(out)
     refuse_existing(output)
     if format_name == "onnx":
-        quantized.export_onnx(output)
+        quantized.export_onnx(output, target or DEFAULT_TARGET, int4=int4, batch_size=batch_size)
     elif format_name == "onnx-integer":
         quantized.export_onnx_integer(output)
     else:
-        quantized.export_tvm(output, target)
+        quantized.export_tvm(output, target or "cpu")
     click.echo(f"wrote {output}")

@@ -94,7 +94,9 @@ def check_deployment(path: Path, runtime: str, threads: int = 1, calls: int = 10
     for product in products:
         kernel = placed.kernels.get(product.name)
         integer = kernel is not None and kernel.integer
-        findings = product.findings if integer or product.findings else (UNEXPLAINED,)
+        findings = product.findings
+        if not integer:
+            findings = (*findings, *product.obstacles) or (UNEXPLAINED,)
         reports.append(
             ProductReport(
                 product.name,

@@ -58,6 +58,10 @@ def run_onnxruntime(path: Path, products: tuple[Product, ...], threads: int, cal
     taken: set[str] = set()
     for product in products:
         node = next((makers[name] for name in product.outputs if name in makers), named.get(product.name))
+        if node is None:
+            # An addition that is part of the kernel gives it its name.
+            fused = (makers[name] for name in product.readers if name in makers)
+            node = next((entry for entry in fused if entry.op_type in _INTEGER), None)
         if node is not None:
             kernels[product.name] = Kernel(node.op_type, node.op_type in _INTEGER, times.get(node.name))
             taken.add(node.name)

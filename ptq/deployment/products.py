@@ -38,7 +38,8 @@ class Product:
         op: its operator.
         outputs: names by which its result may be known to a runtime: as it is, and quantized.
         readers: names of the nodes that read its result.
-        findings: what speaks against integers, or is wrong.
+        findings: what speaks against integers, here or elsewhere, or is wrong.
+        obstacles: what explains that it stays float, and means nothing where it does not.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Product:
     outputs: tuple[str, ...]
     readers: tuple[str, ...]
     findings: tuple[str, ...]
+    obstacles: tuple[str, ...] = ()
 
 
 def find_products(model: onnx.ModelProto) -> tuple[Product, ...]:
@@ -66,6 +68,10 @@ class _Pair:
     zero_point: Array | None
     codes: Array | None
 
+    @property
+    def is_int4(self) -> bool:
+        return self.codes is not None and self.codes.dtype.name in ("int4", "uint4")
+
 
 class _Reader:
     def __init__(self, graph: onnx.GraphProto) -> None:
@@ -80,16 +86,26 @@ class _Reader:
         readers = self._readers.get(node.output[0], [])
         outputs = [node.output[0], *(reader.output[0] for reader in readers if reader.op_type == "QuantizeLinear")]
         names = tuple(reader.name or reader.output[0] for reader in readers)
-        findings = () if node.op_type in _INTEGER_PRODUCTS else tuple(self._findings(node))
-        return Product(node.name or node.output[0], node.doc_string, node.op_type, tuple(outputs), names, findings)
+        findings, obstacles = ([], []) if node.op_type in _INTEGER_PRODUCTS else self._findings(node)
+        name = node.name or node.output[0]
+        return Product(name, node.doc_string, node.op_type, tuple(outputs), names, tuple(findings), tuple(obstacles))
 
-    def _findings(self, node: NodeProto) -> list[str]:
+    def _findings(self, node: NodeProto) -> tuple[list[str], list[str]]:
         found: list[str] = []
+        obstacles: list[str] = []
         sides = ("left operand", "right operand") if node.op_type == "MatMul" else ("input", "weight")
         pairs = [self._pair(name) for name in node.input[:2]]
+        if pairs[1] is not None and pairs[1].is_int4:
+            # Weights of 4 bits have kernels of their own, which read float values.
+            return found, obstacles
         for side, name, pair in zip(sides, node.input, pairs, strict=False):
             if pair is None:
-                found.append(self._why_float(side, name))
+                between = self._views_behind_pair(name)
+                if between is None:
+                    found.append(self._why_float(side, name))
+                else:
+                    where = f"{between} between the {side} and its DequantizeLinear"
+                    obstacles.append(f"{where}: the pair has to touch the product")
         if all(pair is not None and not pair.constant for pair in pairs):
             for side, pair in zip(sides, pairs, strict=True):
                 zero = 0 if pair is None or pair.zero_point is None else pair.zero_point
@@ -98,7 +114,7 @@ class _Reader:
                         f"zero point {int(np.ravel(zero)[0])} of the {side} of an attention product: OpenVINO and "
                         "TensorRT keep it float; quantize queries, keys, values and probabilities with zero point 0"
                     )
-        return found + self._bias_findings(node, pairs)
+        return found + self._bias_findings(node, pairs), obstacles
 
     def _bias_findings(self, node: NodeProto, pairs: list[_Pair | None]) -> list[str]:
         name = node.input[2] if len(node.input) > 2 and node.input[2] else self._added_constant(node)
@@ -140,17 +156,20 @@ class _Reader:
         codes = self._array(node.input[0])
         return _Pair(codes is not None, np.ones(1) if scale is None else scale, zero_point, codes)
 
-    def _why_float(self, side: str, name: str) -> str:
-        if name in self._constants:
-            return f"float {side} {name}: store it as int8 codes and DequantizeLinear"
+    def _views_behind_pair(self, name: str) -> str | None:
+        """Return the views between a value and a DequantizeLinear before it, or None where there is none of either."""
         node = self._producers.get(name)
         views = []
         while node is not None and node.op_type in _VIEWS:
             views.append(node.op_type)
             node = self._producers.get(node.input[0])
-        if views and node is not None and node.op_type == "DequantizeLinear":
-            between = " and ".join(reversed(views))
-            return f"{between} between the {side} and its DequantizeLinear: the pair has to touch the product"
+        if not views or node is None or node.op_type != "DequantizeLinear":
+            return None
+        return " and ".join(reversed(views))
+
+    def _why_float(self, side: str, name: str) -> str:
+        if name in self._constants:
+            return f"float {side} {name}: store it as int8 codes and DequantizeLinear"
         return f"the {side} {name} is not quantized: put QuantizeLinear and DequantizeLinear before the product"
 
     def _array(self, name: str) -> Array | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from onnx import ModelProto, ValueInfoProto, helper
+from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from ptq.onnx_export.builder import NodeBuilder
 from ptq.version import tool_version
@@ -13,6 +13,8 @@ from ptq.version import tool_version
 OPSET = 20
 #: The oldest file format that has this opset, for the sake of older runtimes.
 IR_VERSION = 9
+#: The same for int4, and for scales of blocks.
+INT4_OPSET, INT4_IR_VERSION = 21, 10
 
 
 def assemble_model(
@@ -33,10 +35,11 @@ def assemble_model(
         documentation: for people who open the file.
         metadata: becomes ``metadata_props``, sorted by key.
     """
+    int4 = any(entry.data_type == TensorProto.INT4 for entry in builder.initializers)
     model = helper.make_model(
         helper.make_graph(builder.nodes, name, inputs, outputs, builder.initializers),
-        opset_imports=[helper.make_opsetid("", OPSET)],
-        ir_version=IR_VERSION,
+        opset_imports=[helper.make_opsetid("", INT4_OPSET if int4 else OPSET)],
+        ir_version=INT4_IR_VERSION if int4 else IR_VERSION,
         producer_name="vit-ptq",
         producer_version=tool_version(),
         doc_string=documentation,

@@ -60,3 +60,13 @@ class NodeBuilder:
         node = helper.make_node(kind, list(inputs), [output], name=output, doc_string=module or None, **attributes)
         self.nodes.append(node)
         return output
+
+    def prune(self, outputs: Iterable[str]) -> None:
+        """Drop nodes and initializers that no output depends on."""
+        needed, kept = set(outputs), []
+        for node in reversed(self.nodes):
+            if needed.intersection(node.output):
+                needed.update(node.input)
+                kept.append(node)
+        self.nodes = kept[::-1]
+        self.initializers = [entry for entry in self.initializers if entry.name in needed]

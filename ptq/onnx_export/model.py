@@ -9,6 +9,7 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 from calibration.calibrated import Calibrated
 from ptq.onnx_export.assemble import assemble_model
 from ptq.onnx_export.builder import NodeBuilder
+from ptq.onnx_export.layout import Layout
 from ptq.onnx_export.operators import WRITERS
 from ptq.onnx_export.writer import GraphWriter
 
@@ -19,12 +20,17 @@ _DOCUMENTATION = (
 )
 
 
-def build_model(calibrated: Calibrated, metadata: Mapping[str, str]) -> ModelProto:
+def build_model(
+    calibrated: Calibrated, layout: Layout, metadata: Mapping[str, str], int4: bool, batch_size: int | None
+) -> ModelProto:
     """Return the model; equal arguments give equal bytes.
 
     Args:
         calibrated: a graph with formats.
+        layout: of the runtime.
         metadata: becomes ``metadata_props``, sorted by key.
+        int4: whether weights of at most 4 bits are stored as int4.
+        batch_size: the only one, or None for any.
     """
     graph, shapes = calibrated.graph, calibrated.graph.shapes()
     public = [name for name, _ in graph.inputs] + [name for name, _ in graph.outputs]
@@ -34,21 +40,23 @@ def build_model(calibrated: Calibrated, metadata: Mapping[str, str]) -> ModelPro
     for name, value in graph.outputs:
         if value in computed:
             names.setdefault(value, name)
-    writer = GraphWriter(calibrated, builder, names)
+    writer = GraphWriter(calibrated, layout, builder, names, int4)
     for operation in graph.operations:
         WRITERS[operation.op](writer, operation)
     for name, value in graph.outputs:
         if writer.value(value) != name:
             builder.node("Identity", (writer.value(value),), name)
+    builder.prune(name for name, _ in graph.outputs)
     return assemble_model(
         builder,
         "quantized",
-        [_value_info(name, shape) for name, shape in graph.inputs],
-        [_value_info(name, shapes[value]) for name, value in graph.outputs],
+        [_value_info(name, shape, batch_size) for name, shape in graph.inputs],
+        [_value_info(name, shapes[value], batch_size) for name, value in graph.outputs],
         _DOCUMENTATION,
         metadata,
     )
 
 
-def _value_info(name: str, shape: tuple[int, ...]) -> ValueInfoProto:
-    return helper.make_tensor_value_info(name, TensorProto.FLOAT, ("batch", *shape))
+def _value_info(name: str, shape: tuple[int, ...], batch_size: int | None) -> ValueInfoProto:
+    batch: int | str = "batch" if batch_size is None else batch_size
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, (batch, *shape))

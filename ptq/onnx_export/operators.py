@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from calibration.graph import Operation
+from calibration.graph import VIEWS, Operation
 from ptq.onnx_export.products import write_conv2d, write_linear, write_matmul
 from ptq.onnx_export.writer import GraphWriter
 
@@ -65,6 +65,8 @@ def _elementwise(kind: str) -> Writer:
 
 
 def _scale(writer: GraphWriter, operation: Operation) -> None:
+    if writer.is_written(operation.name):
+        return
     factor = np.array(operation.real("factor"), np.float32)
     inputs = (writer.value(operation.inputs[0]), writer.builder.initializer(factor, f"{operation.name}_factor"))
     writer.result(operation, "Mul", inputs)
@@ -75,21 +77,8 @@ def _mean(writer: GraphWriter, operation: Operation) -> None:
     writer.result(operation, "ReduceMean", (writer.value(operation.inputs[0]), axes), keepdims=0)
 
 
-def _reshape(writer: GraphWriter, operation: Operation) -> None:
-    # 0 keeps the extent of the batch axis, whatever it is.
-    extents = writer.builder.integers((0, *operation.integers("shape")))
-    writer.result(operation, "Reshape", (writer.value(operation.inputs[0]), extents))
-
-
-def _permute(writer: GraphWriter, operation: Operation) -> None:
-    axes = (0, *(axis + 1 for axis in operation.integers("axes")))
-    writer.result(operation, "Transpose", (writer.value(operation.inputs[0]),), perm=axes)
-
-
-def _slice(writer: GraphWriter, operation: Operation) -> None:
-    start, stop, axis, step = (operation.integer(key) for key in ("start", "stop", "axis", "step"))
-    numbers = [writer.builder.integers((number,)) for number in (start, stop, axis + 1, step)]
-    writer.result(operation, "Slice", (writer.value(operation.inputs[0]), *numbers))
+def _where_it_is_read(writer: GraphWriter, operation: Operation) -> None:
+    """Write nothing yet: see :meth:`GraphWriter.value`."""
 
 
 def _concat(writer: GraphWriter, operation: Operation) -> None:
@@ -134,9 +123,7 @@ WRITERS: Mapping[str, Writer] = MappingProxyType(
         "multiply": _elementwise("Mul"),
         "scale": _scale,
         "mean": _mean,
-        "reshape": _reshape,
-        "permute": _permute,
-        "slice": _slice,
+        **dict.fromkeys(VIEWS, _where_it_is_read),
         "concat": _concat,
     }
 )

@@ -7,11 +7,10 @@ Names follow the quantization tools of ONNX Runtime, so that its debugger matche
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 from onnx import TensorProto
 
-from calibration.calibrated import QParams
-from calibration.integerize.operands import OperandQParams
 from ptq.onnx_export.builder import Array, NodeBuilder
 from quantizers.codebook import CodebookQParams, carrier_table
 from quantizers.row_relative import RowRelativeQParams
@@ -24,22 +23,17 @@ class Quantizer:
     def __init__(self, builder: NodeBuilder) -> None:
         self._builder = builder
 
-    def activation(self, tensor: str, qparams: QParams, module: str) -> str:
-        """Quantize and dequantize a float tensor; return the name of the result."""
-        if isinstance(qparams, CodebookQParams):
-            return self._levels(tensor, qparams, module)
-        uniform = probability_format(qparams) if isinstance(qparams, RowRelativeQParams) else qparams
-        assert isinstance(uniform, UniformQParams), "published forms are refused before"
-        parameters = (
-            self._builder.initializer(np.array(uniform.scale[0], np.float32), f"{tensor}_scale"),
-            self._builder.initializer(np.array(uniform.zero_point, uniform.dtype), f"{tensor}_zero_point"),
-        )
-        # A probability is at most 1, the highest code, so a narrower format of it needs no clipping.
-        source = tensor if uniform is not qparams else self._clipped(tensor, uniform, module)
+    def quantize(self, tensor: str, qparams: UniformQParams, module: str) -> str:
+        """Quantize a float tensor in a format of one scale; return the name of its codes."""
+        source = self._clipped(tensor, qparams, module)
         codes = self._builder.fresh(f"{tensor}_QuantizeLinear_Output")
-        self._builder.node("QuantizeLinear", (source, *parameters), codes, module)
-        result = self._builder.fresh(f"{tensor}_DequantizeLinear_Output")
-        return self._builder.node("DequantizeLinear", (codes, *parameters), result, module)
+        return self._builder.node("QuantizeLinear", (source, *self._parameters(tensor, qparams)), codes, module)
+
+    def dequantize(self, codes: str, qparams: UniformQParams, module: str) -> str:
+        """Return the name of the values of codes in a format of one scale."""
+        stem = codes.removesuffix("_QuantizeLinear_Output")
+        result = self._builder.fresh(f"{stem}_DequantizeLinear_Output")
+        return self._builder.node("DequantizeLinear", (codes, *self._parameters(stem, qparams)), result, module)
 
     def row_levels(self, probabilities: str, qparams: RowRelativeQParams, module: str) -> str:
         """Divide each row by its largest probability and take the nearest levels, 0 to 1; return their name.
@@ -52,31 +46,42 @@ class Quantizer:
         relative = self._builder.fresh(f"{probabilities}_relative")
         self._builder.node("Div", (probabilities, largest), relative, module)
         step = float(np.float32(1 / qparams.peak))
-        return self._levels(relative, CodebookQParams(qparams.codebook, step, 0), module)
+        return self.levels(relative, CodebookQParams(qparams.codebook, step, 0), module)
 
-    def weight(self, codes: Array, qparams: UniformQParams, name: str, module: str) -> str:
-        """Store the codes (N, ...) of a weight, one scale for each output channel; return its real values' name."""
+    def weight(self, codes: Array, scale: Array, axis: int, name: str, module: str) -> str:
+        """Store the codes of a weight, with one scale for each channel of an axis; return its real values' name."""
         parameters = (
-            self._builder.initializer(np.array(qparams.scale, np.float32), f"{name}_scale"),
-            self._builder.initializer(np.zeros(len(codes), np.int8), f"{name}_zero_point"),
+            self._builder.initializer(scale.astype(np.float32), f"{name}_scale"),
+            self._builder.initializer(np.zeros(len(scale), np.int8), f"{name}_zero_point"),
         )
-        return self._dequantized(codes.astype(np.int8), parameters, name, module)
+        return self._dequantized(codes.astype(np.int8), parameters, axis, name, module)
 
-    def bias(self, bias: Array, source: OperandQParams, weight: UniformQParams, name: str, module: str) -> str:
-        """Store a bias (N,) as int32 in steps of input scale times weight scale; return its real values' name.
+    def blocked_weight(self, codes: Array, scale: Array, block: int, name: str, module: str) -> str:
+        """Store the codes (K, N) of a weight as int4; return its real values' name.
+
+        The kernels of runtimes have a scale for each ``block`` codes of a column; those of one column are equal here.
+        """
+        scales = np.broadcast_to(scale.astype(np.float32), (len(codes) // block, len(scale)))
+        stored = self._builder.initializer(codes.astype(ml_dtypes.int4), f"{name}_quantized")
+        inputs = (stored, self._builder.initializer(scales, f"{name}_scale"))
+        result = self._builder.fresh(f"{name}_DequantizeLinear_Output")
+        return self._builder.node("DequantizeLinear", inputs, result, module, axis=0, block_size=block)
+
+    def bias(self, bias: Array, step: float, scale: Array, name: str, module: str) -> str:
+        """Store a bias (N,) as int32 in steps of input step times weight scale; return its real values' name.
 
         ONNX Runtime adds these codes to its int32 sums and never reads the stored scale: any other step would
         be a silent error.
         """
-        scale = np.float32(source.scales()[0]) * np.array(weight.scale, np.float32)
-        codes = np.rint(bias.astype(np.float64) / scale.astype(np.float64)).astype(np.int32)
+        steps = np.float32(step) * scale.astype(np.float32)
+        codes = np.rint(bias / steps.astype(np.float64)).astype(np.int32)
         parameters = (
-            self._builder.initializer(scale, f"{name}_scale"),
+            self._builder.initializer(steps, f"{name}_scale"),
             self._builder.initializer(np.zeros(len(codes), np.int32), f"{name}_zero_point"),
         )
-        return self._dequantized(codes, parameters, name, module)
+        return self._dequantized(codes, parameters, 0, name, module)
 
-    def _levels(self, tensor: str, qparams: CodebookQParams, module: str) -> str:
+    def levels(self, tensor: str, qparams: CodebookQParams, module: str) -> str:
         """Quantize a float tensor to steps of a level and replace each by the nearest level; return real values.
 
         Gather stands between the two ends of an ordinary pair, so that runtimes need to know nothing of codebooks.
@@ -110,16 +115,13 @@ class Quantizer:
         )
         return self._builder.node("Clip", inputs, self._builder.fresh(f"{tensor}_clipped"), module)
 
-    def _dequantized(self, codes: Array, parameters: tuple[str, str], name: str, module: str) -> str:
+    def _parameters(self, stem: str, qparams: UniformQParams) -> tuple[str, str]:
+        return (
+            self._builder.initializer(np.array(qparams.scale[0], np.float32), f"{stem}_scale"),
+            self._builder.initializer(np.array(qparams.zero_point, qparams.dtype), f"{stem}_zero_point"),
+        )
+
+    def _dequantized(self, codes: Array, parameters: tuple[str, str], axis: int, name: str, module: str) -> str:
         stored = self._builder.initializer(codes, f"{name}_quantized")
         result = self._builder.fresh(f"{name}_DequantizeLinear_Output")
-        return self._builder.node("DequantizeLinear", (stored, *parameters), result, module, axis=0)
-
-
-def probability_format(qparams: RowRelativeQParams) -> UniformQParams:
-    """Return the format of a softmax output: codes 0 to the largest level for probabilities 0 to 1.
-
-    Runtimes fuse attention only around a fixed scale with zero point 0, which leaves no place for a maximum
-    of each row. uint8 keeps the one bit that int8 would lose to signs that probabilities do not have.
-    """
-    return UniformQParams((float(np.float32(1 / qparams.peak)),), 0, 0, qparams.peak)
+        return self._builder.node("DequantizeLinear", (stored, *parameters), result, module, axis=axis)

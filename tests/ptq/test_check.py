@@ -174,7 +174,7 @@ def test_a_float_model_of_another_tool_is_explained(tmp_path: Path) -> None:
     assert first.findings[0].startswith("the left operand x is not quantized")
     assert any(text.startswith("float right operand weight") for text in first.findings)
     assert any(text.startswith("float bias bias") for text in first.findings)
-    assert any("Transpose between the right operand" in text for text in second.findings)
+    assert any("Transpose between the right operand" in text for text in second.obstacles)
     found = check_deployment(tmp_path / "float.onnx", "onnxruntime", calls=1)
     assert not found.products[0].integer
 

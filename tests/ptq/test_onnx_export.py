@@ -24,6 +24,7 @@ from calibration.rules import Recipe, Rule
 from calibration.simulate import simulate
 from calibration.trace import trace
 from ptq.onnx_export import export_onnx
+from ptq.onnx_export.layout import DEFAULT_TARGET, LAYOUTS, formats_of
 from ptq.onnx_export.operators import UNARY_WRITERS, WRITERS
 from ptq.version import tool_version
 from quantizers.adalog import adalog
@@ -33,7 +34,7 @@ from quantizers.logarithm import log_sqrt2
 from quantizers.row_relative import RowRelativeQParams
 from quantizers.spec import QuantSpec
 from quantizers.tangent import tangent
-from quantizers.uniform import UniformQParams, fake_quantize, quantize
+from quantizers.uniform import fake_quantize, quantize
 
 METADATA = {"recipe": "w8a8", "calibration_fingerprint": "00ff", "tool_version": "1.2"}
 #: Families whose attention differs: fused and separate projections, two heads, windows with a mask.
@@ -67,9 +68,9 @@ def run(path: Path, *inputs: Tensor) -> list[np.ndarray]:
     return runner.run(None, {name: x.numpy() for name, x in zip(names, inputs, strict=True)})
 
 
-def export(source: Calibrated, directory: Path) -> Path:
+def export(source: Calibrated, directory: Path, target: str = DEFAULT_TARGET) -> Path:
     path = directory / "model.onnx"
-    export_onnx(source, path, METADATA)
+    export_onnx(source, path, METADATA, target)
     return path
 
 
@@ -80,12 +81,15 @@ def kernels(path: Path) -> Mapping[str, int]:
     return collections.Counter(node.op_type for node in onnx.load(optimized).graph.node)
 
 
-def emulate(source: Calibrated, *inputs: Tensor) -> list[np.ndarray]:
+def emulate(source: Calibrated, *inputs: Tensor, target: str = DEFAULT_TARGET) -> list[np.ndarray]:
     """Run what the file means in torch: operands of products in their formats, all else in float."""
-    formats = source.by_edge()
+    layout = LAYOUTS[target]
+    formats = formats_of(source, layout)
 
     def on_edge(operation: Operation, position: int, value: Tensor) -> Tensor:
         if operation.op not in PRODUCTS:
+            return value
+        if position == 2 and not layout.integer_bias:
             return value
         if position == 2:
             step = torch.from_numpy(np.float32(formats[operation.name, 0].scales())) * torch.tensor(
@@ -95,12 +99,10 @@ def emulate(source: Calibrated, *inputs: Tensor) -> list[np.ndarray]:
         qparams = formats[operation.name, position]
         if isinstance(qparams, CodebookQParams):
             return nearest_in_steps(value, qparams)
-        if isinstance(qparams, RowRelativeQParams) and qparams.codebook.family != "uniform":
+        if isinstance(qparams, RowRelativeQParams):
             relative = CodebookQParams(qparams.codebook, float(np.float32(1 / qparams.peak)), 0)
             levels = nearest_in_steps(value / value.amax(-1, keepdim=True), relative)
             return levels / levels.sum(-1, keepdim=True)
-        if isinstance(qparams, RowRelativeQParams):
-            return fake_quantize(value, UniformQParams((float(np.float32(1 / qparams.peak)),), 0, 0, qparams.peak))
         if len(qparams.scale) > 1 and qparams.axis == 0:
             return fake_quantize(value[0], qparams)[None]
         return fake_quantize(value, qparams)
@@ -184,17 +186,18 @@ def test_nothing_is_left_where_the_check_fails(tmp_path: Path, monkeypatch: pyte
 # The numbers ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("chosen", RECIPES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_networks_compute_what_the_file_means(name: str, chosen: str, tmp_path: Path) -> None:
+def test_networks_compute_what_the_file_means(name: str, chosen: str, target: str, tmp_path: Path) -> None:
     source = calibrated(name, RECIPES[chosen])
-    runner = session(export(source, tmp_path))
+    runner = session(export(source, tmp_path, target))
     (entry,) = runner.get_inputs()
     found, meant, real = [], [], []
     for batch in (1, 3):
         x = images(name, batch, seed=batch)
         found += runner.run(None, {entry.name: x.numpy()})
-        meant += emulate(source, x)
+        meant += emulate(source, x, target=target)
         real += [result.detach().numpy() for result in execute(source.float_graph(), (x,))]
     found, meant, real = (np.concatenate(parts) for parts in (found, meant, real))
     # Float operators of two libraries differ in last bits, which moves a value that lies on the edge of two
@@ -218,17 +221,20 @@ def _heads(x: Tensor, *layers: nn.Module) -> Tensor:
     return (query @ key.transpose(-1, -2)).softmax(-1) @ value
 
 
+@pytest.mark.parametrize("target", LAYOUTS)
 @pytest.mark.parametrize("shape", [(5, 8), (3, 5, 8)])
 @pytest.mark.parametrize("bits", [8, 3])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_products_of_heads_are_exact(shape: tuple[int, ...], bits: int, symmetric: bool, tmp_path: Path) -> None:
+def test_products_of_heads_are_exact(
+    target: str, shape: tuple[int, ...], bits: int, symmetric: bool, tmp_path: Path
+) -> None:
     layers = [nn.Linear(8, 8) for _ in range(3)]
     source = calibrated_formula(Formula(_heads, *layers), *shape, chosen=head_recipe(bits, symmetric=symmetric))
     assert {len(entry.qparams.scale) for entry in source.sites if entry.site.kind in KINDS} == {2}
-    path = export(source, tmp_path)
+    path = export(source, tmp_path, target)
     for batch in (1, 3):
         x = 2 * torch.randn((batch, *shape), generator=torch.Generator().manual_seed(batch))
-        (found,), (meant,) = run(path, x), emulate(source, x)
+        (found,), (meant,) = run(path, x), emulate(source, x, target=target)
         assert distance(found, meant) <= 1e-5 * np.linalg.norm(meant)
 
 
@@ -247,17 +253,20 @@ def _product_cases() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
     }
 
 
+@pytest.mark.parametrize("target", LAYOUTS)
 @pytest.mark.parametrize("case", _product_cases())
 @pytest.mark.parametrize(("weight_bits", "activation_bits"), [(8, 8), (4, 3)])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_products_are_exact(case: str, weight_bits: int, activation_bits: int, symmetric: bool, tmp_path: Path) -> None:
+def test_products_are_exact(
+    target: str, case: str, weight_bits: int, activation_bits: int, symmetric: bool, tmp_path: Path
+) -> None:
     module, shape = _product_cases()[case]
     source = calibrated_formula(module, *shape, chosen=recipe(weight_bits, activation_bits, symmetric=symmetric))
-    path = export(source, tmp_path)
+    path = export(source, tmp_path, target)
     for batch in (1, 3):
         # Twice what calibration saw, so that every format saturates.
         x = 2 * torch.randn((batch, *shape), generator=torch.Generator().manual_seed(batch))
-        (found,), (meant,) = run(path, x), emulate(source, x)
+        (found,), (meant,) = run(path, x), emulate(source, x, target=target)
         assert found.shape == meant.shape
         # Sums are exact in int32, and codes agree unless a value lies on their edge, which none of these does.
         assert np.abs(found - meant).max() <= 1e-5 * np.abs(meant).max()
