@@ -14,10 +14,10 @@ DOCUMENTED := ptq.api ptq.data ptq.preprocessing ptq.sources ptq.recipes ptq.rec
 	ptq.diagnosis ptq.deployment calibration.rules quantizers.spec quantizers.errors quantizers.integer.program \
 	tvm_backend.build tvm_backend.bundle tvm_backend.runtime
 
-.PHONY: help setup demo test check aarch64 browser docs bench bench-accuracy bench-cpu bench-dinov2 bench-ivit format clean
+.PHONY: help setup demo test check aarch64 browser docs bench bench-accuracy bench-cpu bench-presets bench-dinov2 bench-ivit format clean
 
 help:
-	@echo "make demo | test | check | aarch64 | browser | docs | bench | bench-accuracy | bench-cpu | bench-dinov2 | bench-ivit | format | clean"
+	@echo "make demo | test | check | aarch64 | browser | docs | bench | bench-accuracy | bench-cpu | bench-presets | bench-dinov2 | bench-ivit | format | clean"
 
 setup: $(VENV)/.ready
 
@@ -65,7 +65,7 @@ check: $(VENV)/.ready
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/architecture
 
-bench: bench-dinov2 bench-ivit bench-cpu
+bench: bench-dinov2 bench-ivit bench-cpu bench-presets
 
 bench-dinov2: $(VENV)/.ready-bench $(DINOV2_WHEEL)
 	$(BIN)/python benchmarks/dinov2.py --wheel $(DINOV2_WHEEL)
@@ -82,6 +82,10 @@ bench-ivit: $(VENV)/.ready-bench $(DINOV2_WHEEL)
 bench-cpu: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/cpu.py $(ARGS)
 	$(BIN)/python benchmarks/cpu_formats.py
+
+# The ONNX files for each runtime, in each runtime.
+bench-presets: $(VENV)/.ready-bench
+	$(BIN)/python benchmarks/export_presets.py $(ARGS)
 
 # The API reference, from the docstrings.
 docs: $(VENV)/.ready

@@ -49,7 +49,8 @@ from cpu_comparison.prepare import BITS, METHOD
 from cpu_comparison.processes import WorkerError
 from cpu_comparison.report import markdown
 
-ALL_NETWORKS = tuple(name for name in NETWORKS if name != "tiny")
+ALL_NETWORKS = tuple(name for name in NETWORKS if name not in ("tiny", "fashion"))
+PEERS = tuple(name for name, engine in ENGINES.items() if not engine.preset)
 QUICK_ROUNDS = 5
 
 
@@ -73,11 +74,13 @@ def _numbers(_context: click.Context, _parameter: click.Parameter, text: str | N
 
 
 @click.command(help=(__doc__ or "").partition("\n")[0])
-@click.option("--networks", callback=_names(tuple(NETWORKS)), help=f"Of: {', '.join(NETWORKS)}.  [all but tiny]")
+@click.option(
+    "--networks", callback=_names(tuple(NETWORKS)), help=f"Of: {', '.join(NETWORKS)}.  [{', '.join(ALL_NETWORKS)}]"
+)
 @click.option("--batches", callback=_numbers, help="Images in a call.  [1,8]")
 @click.option("--threads", callback=_numbers, help="Numbers of threads.  [1,2, as far as there are processors]")
 @click.option("--rounds", type=click.IntRange(min=1), help="Turns of each engine in a cell.  [15]")
-@click.option("--engines", callback=_names(tuple(ENGINES)), help=f"Of: {', '.join(ENGINES)}.  [all]")
+@click.option("--engines", callback=_names(PEERS), help=f"Of: {', '.join(PEERS)}.  [all]")
 @click.option("--quick", is_flag=True, help="DeiT-S, batch 1, most threads and 5 rounds, where not said otherwise.")
 @click.option("--autotune", is_flag=True, help="Let torch.compile try several kernels: minutes for each cell.")
 @click.option(
@@ -108,7 +111,7 @@ def main(
             f"{max(threads)} is more than the {processors} processors here", param_hint="--threads"
         )
     plan = Plan(
-        engines=tuple(name for name in ENGINES if engines is None or name in engines),
+        engines=tuple(name for name in PEERS if engines is None or name in engines),
         batches=batches or ((1,) if quick else (1, 8)),
         threads=threads,
         rounds=rounds or (QUICK_ROUNDS if quick else 15),

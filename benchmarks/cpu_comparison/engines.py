@@ -13,12 +13,13 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .files import Files
+from .files import STATIC, STEPS, TARGETS, Files
 from .networks import build_network, make_images
 
 Array = npt.NDArray[np.float32]
@@ -75,6 +76,7 @@ class Engine:
         packages: what has to be installed, names of distributions; their versions are reported.
         load: from a task.
         step: step of :mod:`.prepare` whose file it loads; empty where it builds the network itself.
+        preset: whether it takes part in the comparison of presets only, see ``benchmarks/export_presets.py``.
         exact: answers have to equal the interpreter's in every bit.
         least_cosine: similarity with torch's float answers below which this is not the same network.
     """
@@ -83,6 +85,7 @@ class Engine:
     packages: tuple[str, ...]
     load: Callable[[Task], Loaded]
     step: str = ""
+    preset: bool = False
     exact: bool = False
     least_cosine: float = 0.9
 
@@ -144,9 +147,9 @@ def load_openvino_nncf(task: Task) -> Loaded:
     return _openvino(task, task.files.nncf)
 
 
-def load_openvino_int8(task: Task) -> Loaded:
-    """Load the INT8 ONNX file of this project."""
-    return _openvino(task, task.files.int8_onnx)
+def load_openvino_preset(target: str, task: Task) -> Loaded:
+    """Load the INT8 ONNX file that this project exports for a runtime."""
+    return _openvino(task, task.files.preset(target))
 
 
 def load_openvino_float(task: Task) -> Loaded:
@@ -176,9 +179,14 @@ def _onnxruntime(task: Task, path: Any) -> Loaded:
     return Loaded(lambda images: session.run(None, {name: images})[0], settings, session)
 
 
-def load_onnxruntime_int8(task: Task) -> Loaded:
-    """Load the INT8 ONNX file of this project."""
-    return _onnxruntime(task, task.files.int8_onnx)
+def load_onnxruntime_preset(target: str, task: Task) -> Loaded:
+    """Load the INT8 ONNX file that this project exports for a runtime."""
+    return _onnxruntime(task, task.files.preset(target))
+
+
+def load_onnxruntime_static(settings: str, task: Task) -> Loaded:
+    """Load what ``quantize_static`` made."""
+    return _onnxruntime(task, task.files.static(settings))
 
 
 def load_onnxruntime_float(task: Task) -> Loaded:
@@ -252,8 +260,15 @@ OURS = "ours"
 ENGINES: dict[str, Engine] = {
     OURS: Engine("vit-ptq int8", ("apache-tvm",), load_ours, "bundle", exact=True),
     "openvino-nncf": Engine("OpenVINO int8 (NNCF)", ("openvino", "nncf"), load_openvino_nncf, "nncf"),
-    "openvino-int8": Engine("OpenVINO, our int8 ONNX", ("openvino",), load_openvino_int8, "int8_onnx"),
-    "onnxruntime-int8": Engine("onnxruntime, our int8 ONNX", ("onnxruntime",), load_onnxruntime_int8, "int8_onnx"),
+    "openvino-int8": Engine(
+        "OpenVINO, our int8 ONNX", ("openvino",), partial(load_openvino_preset, "openvino"), "preset:openvino"
+    ),
+    "onnxruntime-int8": Engine(
+        "onnxruntime, our int8 ONNX",
+        ("onnxruntime",),
+        partial(load_onnxruntime_preset, "onnxruntime"),
+        "preset:onnxruntime",
+    ),
     "torch-int8": Engine("torch.compile int8 (torchao)", ("torch", "torchao"), load_torch_int8),
     "openvino-bf16": Engine(
         "OpenVINO bfloat16", ("openvino",), load_openvino_bfloat, "float_onnx", least_cosine=CLOSE_COSINE
@@ -267,14 +282,35 @@ ENGINES: dict[str, Engine] = {
     "torch-compile": Engine("torch.compile float32", ("torch",), load_torch_compile, least_cosine=FLOAT_COSINE),
     "torch-fp32": Engine("torch float32", ("torch",), load_torch, least_cosine=FLOAT_COSINE),
 }
+# Each file in both runtimes, and what onnxruntime makes of the float network itself.
+for _target in TARGETS:
+    for _runtime, _title, _load in (
+        ("onnxruntime", "onnxruntime", load_onnxruntime_preset),
+        ("openvino", "OpenVINO", load_openvino_preset),
+    ):
+        if _runtime != _target:
+            ENGINES[f"{_runtime}-{_target}"] = Engine(
+                f"{_title}, {_target} file", (_runtime,), partial(_load, _target), f"preset:{_target}", preset=True
+            )
+for _settings in STATIC:
+    ENGINES[f"static-{_settings}"] = Engine(
+        f"quantize_static, {_settings}",
+        ("onnxruntime",),
+        partial(load_onnxruntime_static, _settings),
+        f"static:{_settings}",
+        preset=True,
+        # What it loses is its own affair.
+        least_cosine=0.5,
+    )
 
 
 def steps_of(engines: Sequence[str]) -> list[str]:
-    """Return the steps of the preparation that some engines need, each once."""
-    needed = [ENGINES[engine].step for engine in engines if ENGINES[engine].step]
-    # NNCF starts from the float network.
-    needed += ["float_onnx"] if "nncf" in needed else []
-    return sorted(set(needed), key=["bundle", "int8_onnx", "float_onnx", "nncf"].index)
+    """Return the steps of the preparation that some engines need, each once, in an order that works."""
+    needed = {ENGINES[engine].step for engine in engines if ENGINES[engine].step}
+    # Other tools start from the float network.
+    if any(step == "nncf" or step.startswith("static:") for step in needed):
+        needed.add("float_onnx")
+    return [step for step in STEPS if step in needed]
 
 
 def load_engine(name: str, task: Task) -> tuple[Loaded, dict[str, str]]:

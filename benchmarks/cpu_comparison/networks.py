@@ -25,12 +25,14 @@ class Network:
         factory: timm's name, or ``plain`` for the project's own Vision Transformer.
         arguments: of the factory.
         image_size: height and width of the input, pixels.
+        channels: of the input.
     """
 
     title: str
     factory: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     image_size: int = 224
+    channels: int = 3
 
 
 NETWORKS: dict[str, Network] = {
@@ -39,6 +41,23 @@ NETWORKS: dict[str, Network] = {
     "vit-b": Network("ViT-B/16", "vit_base_patch16_224"),
     "dinov2-s": Network("DINOv2-S/14", "vit_small_patch14_dinov2", {"img_size": 224, "num_classes": 0}),
     "swin-t": Network("Swin-T", "swin_tiny_patch4_window7_224"),
+    # As examples/fashion_mnist_vit, which the export presets are compared on.
+    "fashion": Network(
+        "embedded ViT",
+        "plain",
+        {
+            "img_size": 28,
+            "patch_size": 4,
+            "in_chans": 1,
+            "num_classes": 10,
+            "embed_dim": 96,
+            "depth": 4,
+            "num_heads": 3,
+            "mlp_ratio": 4.0,
+        },
+        image_size=28,
+        channels=1,
+    ),
     # Not worth comparing: it shows within seconds whether every engine loads and answers.
     "tiny": Network(
         "tiny ViT",
@@ -68,6 +87,7 @@ def build_network(name: str) -> Any:
 
 
 def make_images(name: str, count: int, seed: int) -> npt.NDArray[np.float32]:
-    """Return normalized noise, float32 (count, 3, image_size, image_size); the same seed gives the same images."""
-    size = NETWORKS[name].image_size
-    return np.random.default_rng(seed).standard_normal((count, 3, size, size), dtype=np.float32)
+    """Return normalized noise, float32 (count, channels, size, size); the same seed gives the same images."""
+    network = NETWORKS[name]
+    shape = (count, network.channels, network.image_size, network.image_size)
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)

@@ -10,13 +10,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .engines import CALIBRATION_IMAGES, CALIBRATION_SEED
-from .files import Files
+from .files import STATIC, TARGETS, Files
 from .networks import build_network, make_images
 from .protocol import protect_standard_output, send
 
@@ -48,7 +49,7 @@ def prepare(network: str, files: Files, images: int, wanted: Sequence[str]) -> d
     with torch.inference_mode():
         np.save(files.float_outputs, module(torch.from_numpy(inputs)).numpy())
     steps = _Steps()
-    if {"bundle", "int8_onnx"} & set(wanted):
+    if any(step == "bundle" or step.startswith("preset:") for step in wanted):
         quantized = steps.attempt("quantize", lambda: ptq.quantize(module, calibration, method=METHOD, bits=BITS))
     if "bundle" in wanted:
         steps.attempt(
@@ -56,10 +57,11 @@ def prepare(network: str, files: Files, images: int, wanted: Sequence[str]) -> d
         )
     makers = {
         "bundle": lambda: quantized.export_tvm(files.bundle),
-        "int8_onnx": lambda: quantized.export_onnx(files.int8_onnx),
         "float_onnx": lambda: _export_float(torch, module, calibration[:2], files.float_onnx),
         "nncf": lambda: _quantize_with_nncf(calibration.numpy(), files),
     }
+    makers |= {f"preset:{target}": partial(_export_preset, files, target, lambda: quantized) for target in TARGETS}
+    makers |= {f"static:{name}": partial(_quantize_static, calibration.numpy(), files, name) for name in STATIC}
     for step in wanted:
         steps.attempt(step, makers[step])
     return {"seconds": steps.seconds, "problems": steps.problems}
@@ -84,6 +86,29 @@ class _Steps:
             return None
         self.seconds[name] = time.perf_counter() - started
         return result
+
+
+def _export_preset(files: Files, target: str, quantized: Callable[[], Any]) -> None:
+    quantized().export_onnx(files.preset(target), target)
+
+
+def _quantize_static(images: Any, files: Files, settings: str) -> None:
+    from onnxruntime import quantization  # noqa: PLC0415 - may not be installed
+    from onnxruntime.quantization.shape_inference import quant_pre_process  # noqa: PLC0415 - as above
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]  # the package has no types
+        def __init__(self) -> None:
+            self._feeds = iter([{"images": images[i : i + 1]} for i in range(len(images))])
+
+        def get_next(self) -> Any:
+            return next(self._feeds, None)
+
+    chosen = dict(STATIC[settings])
+    if "activation_type" in chosen:
+        chosen["activation_type"] = quantization.QuantType[chosen["activation_type"]]
+    prepared = files.folder / "preprocessed.onnx"
+    quant_pre_process(str(files.float_onnx), str(prepared))
+    quantization.quantize_static(str(prepared), str(files.static(settings)), Reader(), **chosen)
 
 
 def _export_float(torch: Any, module: Any, images: Any, path: Path) -> None:

@@ -152,7 +152,7 @@ def test_an_engine_that_is_not_installed_is_skipped_with_its_name(files: Files, 
 
 
 def test_an_engine_whose_file_could_not_be_made_is_skipped(files: Files) -> None:
-    with pytest.raises(SkipEngineError, match=r"int8\.onnx was not made"):
+    with pytest.raises(SkipEngineError, match=r"int8-onnxruntime\.onnx was not made"):
         load_engine("onnxruntime-int8", Task("tiny", files, 1, 1))
 
 
@@ -176,8 +176,9 @@ def test_the_cell_says_why_an_engine_has_no_time_and_ours_has_no_excuse(files: F
 
 def test_only_the_files_that_the_engines_need_are_made() -> None:
     assert steps_of(["torch-fp32"]) == []
-    assert steps_of([OURS, "onnxruntime-int8", "openvino-int8"]) == ["bundle", "int8_onnx"]
+    assert steps_of([OURS, "openvino-int8", "onnxruntime-int8"]) == ["bundle", "preset:onnxruntime", "preset:openvino"]
     assert steps_of(["openvino-nncf"]) == ["float_onnx", "nncf"]
+    assert steps_of(["static-default", "openvino-portable"]) == ["preset:portable", "float_onnx", "static:default"]
 
 
 def test_an_engine_without_a_profile_says_so(monkeypatch) -> None:
