@@ -23,6 +23,7 @@ from calibration.graph import VIEWS, Operation
 from calibration.heads import before_view, rescaled
 from calibration.integerize.shared_requantize import plan_shared_requantize
 from ptq.onnx_export.builder import Array
+from ptq.onnx_export.heads import find_heads, write_heads
 from ptq.onnx_export.writer import Fold, GraphWriter
 from quantizers.codebook import CodebookQParams
 from quantizers.uniform import UniformQParams
@@ -136,6 +137,10 @@ def _carry(
     writer: GraphWriter, reader: Operation, value: str, qparams: UniformQParams | None, step: UniformQParams | None
 ) -> str:
     operation = writer.structure.producers.get(value)
+    heads = find_heads(writer.structure, value) if qparams is None else None
+    if heads is not None:
+        source = _carried(writer, reader, heads.layer, None, step)
+        return write_heads(writer, heads, source, f"{value}_dequantized", reader.module)
     if operation is not None and operation.op in VIEWS:
         source = operation.inputs[0]
         before = None if qparams is None else before_view(operation, writer.shapes[source], qparams)
@@ -158,20 +163,17 @@ def _carry(
 
 
 def _reaches_product(writer: GraphWriter, value: str, qparams: UniformQParams) -> bool:
-    """Whether OpenVINO takes a pair from behind what makes a value through views to its product.
+    """Whether OpenVINO gains by a pair behind what makes a value, with views between it and the product.
 
-    It does not take zero points through views of more than four axes. And it fuses what stands behind a product with
-    it, but has no product with a multiplication for each head and a QuantizeLinear.
+    It does not take zero points through views of more than four axes. Behind attention it turns values faster than
+    codes, and it has no product with a multiplication for each head and a QuantizeLinear.
     """
     operation = writer.structure.producers.get(value)
     while operation is not None and (operation.op in VIEWS or operation.op == "scale"):
         if qparams.zero_point != 0 and len(operation.shape) + 1 > _MOST_AXES:
             return False
         operation = writer.structure.producers.get(operation.inputs[0])
-    if operation is None or operation.op != "matmul":
-        return True
-    formats = [writer.formats[operation.name, position] for position in (0, 1)]
-    return not any(isinstance(qparams, UniformQParams) and len(qparams.scale) > 1 for qparams in formats)
+    return operation is None or operation.op != "matmul"
 
 
 def _quantize(writer: GraphWriter, operation: Operation, tensor: str, qparams: UniformQParams) -> str:

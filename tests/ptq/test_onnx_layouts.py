@@ -180,9 +180,9 @@ def test_openvino_quantizes_behind_what_makes_the_values(tmp_path: Path) -> None
         for node in model.graph.node
         if node.op_type == "QuantizeLinear"
     )
-    # In each of two blocks: two norms, GELU, the projection of queries, keys and values, probabilities, the product
-    # with the values in steps of their codes. Behind the last norm the class token is taken first.
-    assert sources == {"image": 1, "LayerNormalization": 4, "Gelu": 2, "Add": 2, "Softmax": 2, "Mul": 2, "Slice": 1}
+    # In each of two blocks: two norms, GELU, the projection of queries, keys and values, probabilities, and the heads
+    # once they stand side by side again. Behind the last norm the class token is taken first.
+    assert sources == {"image": 1, "LayerNormalization": 4, "Gelu": 2, "Add": 2, "Softmax": 2, "Reshape": 2, "Slice": 1}
 
 
 def test_one_quantizer_serves_queries_keys_and_values(tmp_path: Path) -> None:
