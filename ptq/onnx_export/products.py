@@ -20,7 +20,7 @@ import math
 
 import numpy as np
 
-from calibration.graph import Operation
+from calibration.graph import Operation, cuts_patches
 from ptq.onnx_export.builder import Array
 from ptq.onnx_export.writer import GraphWriter
 from quantizers.codebook import CodebookQParams
@@ -48,7 +48,7 @@ def write_linear(writer: GraphWriter, operation: Operation) -> None:
 
 def write_conv2d(writer: GraphWriter, operation: Operation) -> None:
     """Write a convolution: as a Gemm where it cuts patches, otherwise as a Conv."""
-    if _cuts_patches(writer, operation):
+    if cuts_patches(operation, writer.shapes):
         _write_patches(writer, operation)
         return
     x = _activation(writer, operation, 0, writer.value(operation.inputs[0]))
@@ -108,17 +108,6 @@ def _operand(writer: GraphWriter, operation: Operation, position: int, tensor: s
     steps = writer.step(operation, f"steps_{position}", "Div", (tensor, divisor))
     unit = dataclasses.replace(qparams, scale=(1.0,))
     return writer.quantizer.activation(steps, unit, operation.module), scales
-
-
-def _cuts_patches(writer: GraphWriter, operation: Operation) -> bool:
-    kernel = writer.shapes[operation.inputs[1]][2:]
-    return (
-        operation.integers("stride") == kernel
-        and set(operation.integers("padding")) == {0}
-        and set(operation.integers("dilation")) == {1}
-        and operation.integer("groups") == 1
-        and writer.shapes[operation.inputs[0]][1:] == tuple(np.multiply(operation.shape[1:], kernel))
-    )
 
 
 def _write_patches(writer: GraphWriter, operation: Operation) -> None:
