@@ -3,8 +3,9 @@
     python benchmarks/pt2.py --network deit-s
 
 Both run compiled by inductor with frozen weights, in one process, on random images; weights are random. Printed are
-the kernels that inductor chose, how far the compiled program is from the exported one, the median time of each, and the
-median of the ratios of neighbouring rounds, in which a slow phase of the machine appears on both sides.
+the kernels that inductor chose, how far the compiled program is from the exported one as a share of what the exported
+one is from float, the median time of each, and the median of the ratios of neighbouring rounds, in which a slow phase
+of the machine appears on both sides.
 """
 
 from __future__ import annotations
@@ -82,9 +83,9 @@ def main(
     exported = program(images)
     real, real_kernels = compiled(module, images)
     quantized, quantized_kernels = compiled(program, images)
-    difference = float((quantized(images) - exported).abs().max() / exported.abs().max())
-    # A value on the edge of two codes may move, a product that went wrong may not.
-    assert difference < 0.05, difference
+    # A value on the edge of two codes may move, and moves others: less than rounding did, or a product went wrong.
+    difference = float((quantized(images) - exported).norm() / (exported - module(images)).norm())
+    assert difference < 1, difference
     left, right = interleaved(lambda: real(images), lambda: quantized(images), rounds)
     result = {
         "network": NETWORKS[network].title,
@@ -94,7 +95,7 @@ def main(
         "rounds": rounds,
         "float_kernels": real_kernels,
         "int8_kernels": quantized_kernels,
-        "compiled_differs_from_exported": difference,
+        "compiled_to_exported_over_exported_to_float": difference,
         "float_ms": 1e3 * statistics.median(left),
         "int8_ms": 1e3 * statistics.median(right),
         "float_over_int8": statistics.median(a / b for a, b in zip(left, right, strict=True)),
