@@ -132,6 +132,23 @@ class Graph:
         return shapes
 
 
+def cuts_patches(operation: Operation, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a convolution cuts its input into patches that neither overlap nor leave a rest: a linear on each patch.
+
+    Args:
+        operation: a conv2d.
+        shapes: sample shapes of its operands by name.
+    """
+    kernel, image = shapes[operation.inputs[1]][2:], shapes[operation.inputs[0]][1:]
+    return (
+        operation.integers("stride") == kernel
+        and set(operation.integers("padding")) == {0}
+        and set(operation.integers("dilation")) == {1}
+        and operation.integer("groups") == 1
+        and image == tuple(count * extent for count, extent in zip(operation.shape[1:], kernel, strict=True))
+    )
+
+
 #: Called with an operation, an operand's position and its value; returns the value the operation reads.
 EdgeHook = Callable[[Operation, int, Tensor], Tensor]
 
@@ -225,7 +242,9 @@ def aligned(operation: Operation, *operands: Tensor) -> list[Tensor]:
     """Give operands the rank of the result, with axes of extent 1 behind the batch."""
     # Operands of lower rank broadcast over leading sample axes, which stand after the batch axis.
     rank = len(operation.shape)
-    return [x.reshape(x.shape[0], *(1,) * (rank + 1 - x.ndim), *x.shape[1:]) for x in operands]
+    return [
+        x if x.ndim == rank + 1 else x.reshape(x.shape[0], *(1,) * (rank + 1 - x.ndim), *x.shape[1:]) for x in operands
+    ]
 
 
 def _add(operation: Operation, a: Tensor, b: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def _at_least_two(x: Tensor) -> Tensor:
 def _export(module: nn.Module, inputs: tuple[Tensor, ...]) -> Graph:
     shapes = tuple({0: torch.export.Dim("batch", min=1)} for _ in inputs)
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             program = torch.export.export(module, inputs, dynamic_shapes=_in_signature(module, shapes), strict=False)
             program = program.run_decompositions({})
     except Exception as error:  # torch.export raises many unrelated types; the cause is kept and shown
@@ -68,7 +68,7 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...]) -> Graph:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep back what torch.export warns, logs and prints; what matters of it is in the error it raises."""
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx.experimental.symbolic_shapes")]
     levels = [logger.level for logger in loggers]

@@ -153,6 +153,28 @@ class Quantized:
 
         export_onnx_integer(self.program, Path(path), self.metadata())
 
+    def export_pt2(self, path: str | Path) -> None:
+        """Write a torch.export program with standard quantize and dequantize operators, for torch.compile.
+
+        Raises:
+            UsageError: the file exists, or the recipe uses published integer forms.
+        """
+        from ptq.pt2_export import export_pt2
+
+        export_pt2(self.calibrated, Path(path), self.metadata())
+
+    def export_compressed_tensors(self, directory: str | Path) -> None:
+        """Write the quantized weights of linears as the compressed-tensors library names them, the rest in float32.
+
+        Raises:
+            UsageError: the directory exists, or layers share a parameter that has two values after quantization.
+        """
+        from ptq.compressed_tensors import export_compressed_tensors
+        from ptq.sources.prefix import checkpoint_prefix
+
+        prefix = checkpoint_prefix(self.provenance.get("source", ""))
+        export_compressed_tensors(self.calibrated, Path(directory), self.metadata(), prefix)
+
     def metadata(self) -> dict[str, str]:
         """Return what exported files carry: recipe, calibration fingerprint, source hash, tool version."""
         return {

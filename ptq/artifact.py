@@ -50,13 +50,22 @@ def write_artifact(directory: Path, description: Mapping[str, Any], files: Mappi
         "files": {name: {"sha256": _sha256(files[name]), "bytes": len(files[name])} for name in FILES},
     }
     manifest["digest"] = _manifest_digest(manifest)
+    write_directory(directory, {**{name: files[name] for name in FILES}, MANIFEST: _dump(manifest)})
+
+
+def write_directory(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Write a directory of files beside its place, then rename it there; its parent is made if absent.
+
+    Raises:
+        UsageError: the path exists.
+    """
+    refuse_existing(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir()
-        for name in FILES:
-            (temporary / name).write_bytes(files[name])
-        (temporary / MANIFEST).write_bytes(_dump(manifest))
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
         temporary.rename(directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

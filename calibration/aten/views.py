@@ -56,9 +56,9 @@ def expand(c: Converter, x: Value | Tensor, sizes: list[Any], **kwargs: Any) -> 
     if isinstance(x, Tensor):
         # The batch axis stays at extent 1: it is the same for each sample.
         padded = (1,) * (len(sizes) - x.ndim) + tuple(x.shape)
-        return x.expand(
-            [e if isinstance(s, torch.SymInt) or s == -1 else s for s, e in zip(sizes, padded, strict=True)]
-        )
+        extents = [e if isinstance(s, torch.SymInt) or s == -1 else s for s, e in zip(sizes, padded, strict=True)]
+        # A class token that is repeated for each sample is the parameter itself, and keeps its name.
+        return x if extents == list(x.shape) else x.expand(extents)
     layout, shape = c.result()
     if shape != x.shape:
         raise ModelError(f"a value of shape {x.shape} is expanded to {shape}")

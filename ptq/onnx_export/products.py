@@ -20,7 +20,7 @@ import math
 import numpy as np
 
 from calibration.calibrated import Calibrated, QParams
-from calibration.graph import Operation
+from calibration.graph import Operation, cuts_patches
 from ptq.onnx_export.builder import Array
 from ptq.onnx_export.operands import Operand, fold, write_operand
 from ptq.onnx_export.writer import GraphWriter
@@ -57,7 +57,7 @@ def write_linear(writer: GraphWriter, operation: Operation) -> None:
 
 def write_conv2d(writer: GraphWriter, operation: Operation) -> None:
     """Write a convolution: as a product with patches where it cuts some, otherwise as a Conv."""
-    if _cuts_patches(writer, operation):
+    if cuts_patches(operation, writer.shapes):
         _write_patches(writer, operation)
         return
     x = write_operand(writer, operation, 0).name
@@ -107,17 +107,6 @@ def write_matmul(writer: GraphWriter, operation: Operation) -> None:
         tensor = writer.step(operation, "product", kind, (tensor, *others))
     kind, others = steps[-1]
     writer.result(operation if scale is None else scale, kind, (tensor, *others))
-
-
-def _cuts_patches(writer: GraphWriter, operation: Operation) -> bool:
-    kernel = writer.shapes[operation.inputs[1]][2:]
-    return (
-        operation.integers("stride") == kernel
-        and set(operation.integers("padding")) == {0}
-        and set(operation.integers("dilation")) == {1}
-        and operation.integer("groups") == 1
-        and writer.shapes[operation.inputs[0]][1:] == tuple(np.multiply(operation.shape[1:], kernel))
-    )
 
 
 def _write_patches(writer: GraphWriter, operation: Operation) -> None:

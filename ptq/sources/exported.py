@@ -20,9 +20,14 @@ from torch.export import ExportedProgram
 
 from ptq.preprocessing import Preprocessing
 from ptq.sources.parts import Parts, image_size
-from quantizers.errors import ModelError
+from quantizers.errors import ModelError, UsageError
 
 _EXPORT_AGAIN = "export it again with torch.export.save of a current torch, from a model of plain tensors"
+
+#: The attribute that holds the exported module.
+WRAPPED = "exported"
+#: How the JSON of a program names a quantize or dequantize operator.
+_QUANTIZED = b"torch.ops.quantized_decomposed."
 
 
 def load_exported(path: Path) -> Parts:
@@ -30,13 +35,15 @@ def load_exported(path: Path) -> Parts:
 
     Raises:
         ModelError: missing, damaged, in need of pickle, not of one image input, or of a fixed batch size.
+        UsageError: it is quantized already.
     """
     if not path.is_file():
         raise ModelError(f"{path}: no such file; expected an exported program")
     try:
         _refuse_pickles(path)
+        _refuse_quantized(path)
         program = torch.export.load(path)
-    except ModelError:
+    except (ModelError, UsageError):
         raise
     # A damaged archive surfaces as one of several unrelated types.
     except Exception as error:
@@ -87,6 +94,18 @@ def _refuse_pickles(path: Path) -> None:
                     raise ModelError(f"{path}: {entry} would need pickle, which can run any code: {_EXPORT_AGAIN}")
             if folder == "data/sample_inputs":
                 _require_plain_tensors(archive.read(name), f"{path}: {entry}")
+
+
+def _refuse_quantized(path: Path) -> None:
+    # Before torch reads the file: it does where nobody declared these operators, and then it names no reason.
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            entry = PurePosixPath(name)
+            if entry.parent.name == "models" and _QUANTIZED in archive.read(name):
+                raise UsageError(
+                    f"{path} is quantized already: it holds operators of torch.ops.quantized_decomposed, as "
+                    "'ptq export --format pt2' writes them; run it with torch, or quantize the float model it came from"
+                )
 
 
 def _needs_pickle(document: Any) -> bool:

@@ -16,6 +16,8 @@ from ptq.sources.torchvision_shim import define_torchvision_schemas
 from quantizers.errors import ModelError
 
 _PROCESSOR = "preprocessor_config.json"
+#: The attribute that holds the model of transformers.
+WRAPPED = "model"
 #: Parts of a backbone that the class token's feature does not pass through; checkpoints often lack them.
 _UNUSED_PARTS = ("pooler.",)
 

@@ -12,9 +12,11 @@ import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
-from support.codebooks import GELU_LOW, with_codebooks
+from support.codebooks import with_codebooks
+from support.float_graph import CONSTANT_SHAPES, FLOAT_INPUTS, FLOAT_OPERATIONS, FLOAT_OUTPUTS
 from support.heads import KINDS, head_recipe
-from support.models import Formula, calibrated, images, recipe, spread, traced
+from support.models import Formula, calibrated, images, recipe, traced
+from support.products import FAMILIES, RECIPES, calibrated_formula, codebook_model, heads, product_cases
 from torch import Tensor, nn
 
 from calibration.calibrated import Calibrated
@@ -22,7 +24,6 @@ from calibration.engine import calibrate
 from calibration.graph import EXECUTORS, UNARY_FUNCTIONS, Graph, Operation, execute
 from calibration.rules import Recipe, Rule
 from calibration.simulate import simulate
-from calibration.trace import trace
 from ptq.onnx_export import export_onnx
 from ptq.onnx_export.layout import DEFAULT_TARGET, LAYOUTS, formats_of
 from ptq.onnx_export.operators import UNARY_WRITERS, WRITERS
@@ -37,10 +38,6 @@ from quantizers.tangent import tangent
 from quantizers.uniform import fake_quantize, quantize
 
 METADATA = {"recipe": "w8a8", "calibration_fingerprint": "00ff", "tool_version": "1.2"}
-#: Families whose attention differs: fused and separate projections, two heads, windows with a mask.
-FAMILIES = ("ours", "deit", "dinov2", "swin", "transformers")
-RECIPES = {"tensor": recipe(), "head": head_recipe(), "affine head": head_recipe(symmetric=False)}
-FC2 = r".*\.(mlp\.fc2|output\.dense)\.input"
 PRODUCTS = frozenset({"linear", "conv2d", "matmul"})
 
 
@@ -115,12 +112,6 @@ def nearest_in_steps(value: Tensor, qparams: CodebookQParams) -> Tensor:
     """Round to whole steps of a level, then to the nearest level: integers, in which ties are exact."""
     levels = torch.from_numpy(carrier_table(qparams.codebook))[quantize(value, qparams.carrier).long()]
     return (levels.float() - qparams.zero_point) * torch.tensor(qparams.scale)
-
-
-def calibrated_formula(module: nn.Module, *shape: int, chosen: Recipe | None = None) -> Calibrated:
-    samples = torch.randn((8, *shape), generator=torch.Generator().manual_seed(2))
-    graph = trace(spread(module), (samples[:2],))
-    return calibrate(graph, [(x,) for x in samples], recipe() if chosen is None else chosen)
 
 
 def initializers(path: Path) -> dict[str, np.ndarray]:
@@ -208,19 +199,6 @@ def test_networks_compute_what_the_file_means(name: str, chosen: str, target: st
     assert (found.argmax(-1) == meant.argmax(-1)).mean() >= 0.75
 
 
-def _two_products(x: Tensor, layer: nn.Module) -> Tensor:
-    return (layer(x) @ x.transpose(-1, -2)) @ (0.1 * x)
-
-
-def _attention(x: Tensor, layer: nn.Module) -> Tensor:
-    return (layer(x) @ x.transpose(-1, -2)).softmax(-1) @ x
-
-
-def _heads(x: Tensor, *layers: nn.Module) -> Tensor:
-    query, key, value = (layer(x).unflatten(-1, (2, 4)).transpose(-2, -3) for layer in layers)
-    return (query @ key.transpose(-1, -2)).softmax(-1) @ value
-
-
 @pytest.mark.parametrize("target", LAYOUTS)
 @pytest.mark.parametrize("shape", [(5, 8), (3, 5, 8)])
 @pytest.mark.parametrize("bits", [8, 3])
@@ -229,7 +207,7 @@ def test_products_of_heads_are_exact(
     target: str, shape: tuple[int, ...], bits: int, symmetric: bool, tmp_path: Path
 ) -> None:
     layers = [nn.Linear(8, 8) for _ in range(3)]
-    source = calibrated_formula(Formula(_heads, *layers), *shape, chosen=head_recipe(bits, symmetric=symmetric))
+    source = calibrated_formula(Formula(heads, *layers), *shape, chosen=head_recipe(bits, symmetric=symmetric))
     assert {len(entry.qparams.scale) for entry in source.sites if entry.site.kind in KINDS} == {2}
     path = export(source, tmp_path, target)
     for batch in (1, 3):
@@ -238,29 +216,14 @@ def test_products_of_heads_are_exact(
         assert distance(found, meant) <= 1e-5 * np.linalg.norm(meant)
 
 
-def _product_cases() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
-    return {
-        "vector": (nn.Linear(12, 7), (12,)),
-        "tokens": (nn.Linear(12, 7), (5, 12)),
-        "windows": (nn.Linear(12, 7), (3, 5, 12)),
-        "patches": (nn.Conv2d(3, 5, 4, stride=4), (3, 8, 12)),
-        "oblong patches": (nn.Conv2d(2, 5, (2, 4), stride=(2, 4)), (2, 8, 8)),
-        "cropped patches": (nn.Conv2d(3, 5, 4, stride=4), (3, 9, 11)),
-        "overlapping": (nn.Conv2d(3, 5, 3, stride=2, padding=(1, 0)), (3, 8, 8)),
-        "grouped, dilated": (nn.Conv2d(4, 6, 3, groups=2, dilation=2), (4, 9, 9)),
-        "products": (Formula(_two_products, nn.Linear(8, 8)), (2, 5, 8)),
-        "attention": (Formula(_attention, nn.Linear(8, 8)), (2, 5, 8)),
-    }
-
-
 @pytest.mark.parametrize("target", LAYOUTS)
-@pytest.mark.parametrize("case", _product_cases())
+@pytest.mark.parametrize("case", product_cases())
 @pytest.mark.parametrize(("weight_bits", "activation_bits"), [(8, 8), (4, 3)])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_products_are_exact(
     target: str, case: str, weight_bits: int, activation_bits: int, symmetric: bool, tmp_path: Path
 ) -> None:
-    module, shape = _product_cases()[case]
+    module, shape = product_cases()[case]
     source = calibrated_formula(module, *shape, chosen=recipe(weight_bits, activation_bits, symmetric=symmetric))
     path = export(source, tmp_path, target)
     for batch in (1, 3):
@@ -270,12 +233,6 @@ def test_products_are_exact(
         assert found.shape == meant.shape
         # Sums are exact in int32, and codes agree unless a value lies on their edge, which none of these does.
         assert np.abs(found - meant).max() <= 1e-5 * np.abs(meant).max()
-
-
-def codebook_model(name: str) -> Calibrated:
-    """Log probabilities, and levels behind GELU and at the values."""
-    result = with_codebooks(calibrated(name), {"probability": log_sqrt2(4), "value": tangent(6, 1.2)})
-    return with_codebooks(result, {FC2: adalog(6, 20)}, low=GELU_LOW)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -300,10 +257,10 @@ def test_codebooks_compute_what_the_file_means(name: str, tmp_path: Path) -> Non
     assert distance(found, real) <= 1.25 * distance(simulated, real)
 
 
-@pytest.mark.parametrize("case", _product_cases())
+@pytest.mark.parametrize("case", product_cases())
 @pytest.mark.parametrize("codebook", [log_sqrt2(3), adalog(4, 20), tangent(8, 1.2), uniform_codebook(4)])
 def test_levels_are_exact(case: str, codebook: Codebook, tmp_path: Path) -> None:
-    module, shape = _product_cases()[case]
+    module, shape = product_cases()[case]
     kinds = ("image", "linear_input", "query", "key", "value", "probability", "matmul_left", "matmul_right")
     source = with_codebooks(calibrated_formula(module, *shape), dict.fromkeys(kinds, codebook))
     path = export(source, tmp_path)
@@ -364,35 +321,11 @@ def test_unary_functions(function: str, tmp_path: Path) -> None:
 def test_float_operators_broadcast_as_samples_do(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     constants = {name: torch.randn(shape, generator=generator) for name, shape in CONSTANT_SHAPES.items()}
-    graph = Graph((("a", (4, 6)), ("b", (6,))), constants, FLOAT_OPERATIONS, FLOAT_OUTPUTS)
+    graph = Graph(FLOAT_INPUTS, constants, FLOAT_OPERATIONS, FLOAT_OUTPUTS)
     for batch in (1, 3, 4):
         (tmp_path / "model.onnx").unlink(missing_ok=True)
         inputs = [torch.randn((batch, *shape), generator=generator) for _, shape in graph.inputs]
         _compare_with_float(graph, tmp_path, *inputs)
-
-
-CONSTANT_SHAPES = {"token": (1, 6), "row": (6,), "cube": (2, 1, 6), "output": (6,)}
-FLOAT_OPERATIONS = (
-    Operation("add", "add", ("a", "b"), {}, (4, 6)),
-    Operation("wide", "multiply", ("add", "cube"), {}, (2, 4, 6)),
-    Operation("norm", "layer_norm", ("add", "row", "output"), {"eps": 1e-5}, (4, 6)),
-    Operation("cat", "concat", ("token", "norm", "token"), {"axis": 0}, (6, 6)),
-    Operation("constants", "concat", ("token", "token"), {"axis": 0}, (2, 6)),
-    Operation("sum", "add", ("constants", "b"), {}, (2, 6)),
-    Operation("turned", "permute", ("cat",), {"axes": (1, 0)}, (6, 6)),
-    Operation("every", "slice", ("turned",), {"axis": 1, "start": 1, "stop": 6, "step": 2}, (6, 3)),
-    Operation("mean", "mean", ("every",), {"axis": 0}, (3,)),
-    Operation("scale", "scale", ("mean",), {"factor": -0.3}, (3,)),
-    Operation("soft", "softmax", ("scale",), {}, (3,)),
-    Operation("flat", "reshape", ("wide",), {"shape": (48,)}, (48,)),
-)
-# One value under two names, an input that is handed through, and a constant of the name of an output.
-FLOAT_OUTPUTS = (
-    ("output", "flat"),
-    ("again", "flat"),
-    ("same", "a"),
-    *((f"{name}_out", name) for name in ("sum", "every", "scale", "soft")),
-)
 
 
 def test_bias_is_in_steps_of_input_times_weight(tmp_path: Path) -> None:

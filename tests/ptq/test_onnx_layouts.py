@@ -326,7 +326,7 @@ def test_the_command_line_takes_target_int4_and_batch_size(tmp_path: Path, capsy
         (("export", out, "--format", "tvm", "-o", tmp_path / "x", "--int4"), "are for --format onnx"),
         (
             ("export", out, "--format", "onnx-integer", "-o", tmp_path / "x.onnx", "--target", "openvino"),
-            "the same for every runtime",
+            "the same for every target",
         ),
     ):
         assert run(*wrong) == 2
