@@ -34,6 +34,8 @@ class Layout:
         gemm: whether a linear is a Gemm on rows; otherwise a MatMul and an Add.
         probability_codes: the largest code of a probability, 255 or 127.
         integer_bias: whether biases are int32 codes; otherwise float32 values, of the same grid.
+        unsigned: whether QuantizeLinear may make uint8, the type of levels; otherwise these are looked up in float32,
+            and their products are float.
         zero_points: kinds of activations that may have one: ``all``, ``linear`` (not those of attention), ``none``.
     """
 
@@ -42,16 +44,17 @@ class Layout:
     gemm: bool
     probability_codes: int
     integer_bias: bool
+    unsigned: bool
     zero_points: str
 
 
 #: By runtime. Measured with benchmarks/export_presets.py; TensorRT by its documentation.
 LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     {
-        "onnxruntime": Layout("ONNX Runtime on CPUs", "product", True, 255, True, "all"),
-        "openvino": Layout("OpenVINO on CPUs", "producer", False, 255, True, "linear"),
-        "tensorrt": Layout("TensorRT", "product", False, 127, False, "none"),
-        "portable": Layout("any runtime with opset 20", "product", True, 127, True, "none"),
+        "onnxruntime": Layout("ONNX Runtime on CPUs", "product", True, 255, True, True, "all"),
+        "openvino": Layout("OpenVINO on CPUs", "producer", False, 255, True, True, "linear"),
+        "tensorrt": Layout("TensorRT", "product", False, 127, False, False, "none"),
+        "portable": Layout("any runtime with opset 20", "product", True, 127, True, True, "none"),
     }
 )
 DEFAULT_TARGET = "onnxruntime"

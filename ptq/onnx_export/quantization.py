@@ -18,10 +18,15 @@ from quantizers.uniform import UniformQParams
 
 
 class Quantizer:
-    """Write formats into a graph."""
+    """Write formats into a graph.
 
-    def __init__(self, builder: NodeBuilder) -> None:
-        self._builder = builder
+    Args:
+        builder: where nodes go.
+        unsigned: whether QuantizeLinear may make uint8.
+    """
+
+    def __init__(self, builder: NodeBuilder, *, unsigned: bool) -> None:
+        self._builder, self._unsigned = builder, unsigned
 
     def quantize(self, tensor: str, qparams: UniformQParams, module: str) -> str:
         """Quantize a float tensor in a format of one scale; return the name of its codes."""
@@ -86,6 +91,8 @@ class Quantizer:
 
         Gather stands between the two ends of an ordinary pair, so that runtimes need to know nothing of codebooks.
         """
+        if not self._unsigned:
+            return self._float_levels(tensor, qparams, module)
         parameters = (
             self._builder.initializer(np.array(qparams.scale, np.float32), f"{tensor}_scale"),
             self._builder.initializer(np.array(qparams.zero_point, np.uint8), f"{tensor}_zero_point"),
@@ -100,6 +107,21 @@ class Quantizer:
         self._builder.node("Gather", (table, indices), levels, module, axis=0)
         result = self._builder.fresh(f"{tensor}_DequantizeLinear_Output")
         return self._builder.node("DequantizeLinear", (levels, *parameters), result, module)
+
+    def _float_levels(self, tensor: str, qparams: CodebookQParams, module: str) -> str:
+        """Do the same without codes: round to whole steps, and look the nearest level up as a real number."""
+        ends = [self._builder.initializer(np.array(end, np.float32), f"level_{end}") for end in (0, 255)]
+        scale = self._builder.initializer(np.array(qparams.scale, np.float32), f"{tensor}_scale")
+        zero_point = self._builder.initializer(np.array(qparams.zero_point, np.float32), f"{tensor}_zero_point")
+        x = self._builder.node("Div", (tensor, scale), self._builder.fresh(f"{tensor}_steps"), module)
+        x = self._builder.node("Round", (x,), self._builder.fresh(f"{tensor}_rounded"), module)
+        x = self._builder.node("Add", (x, zero_point), self._builder.fresh(f"{tensor}_shifted"), module)
+        x = self._builder.node("Clip", (x, *ends), self._builder.fresh(f"{tensor}_carrier"), module)
+        indices = self._builder.fresh(f"{tensor}_indices")
+        self._builder.node("Cast", (x,), indices, module, to=TensorProto.INT32)
+        values = (carrier_table(qparams.codebook).astype(np.float32) - qparams.zero_point) * np.float32(qparams.scale)
+        table = self._builder.initializer(values.astype(np.float32), f"{tensor}_levels_table")
+        return self._builder.node("Gather", (table, indices), self._builder.fresh(f"{tensor}_levels"), module, axis=0)
 
     def _clipped(self, tensor: str, qparams: UniformQParams, module: str) -> str:
         """Clip to what a narrow format represents: QuantizeLinear saturates at the ends of its type only."""

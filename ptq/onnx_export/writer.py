@@ -50,7 +50,7 @@ class GraphWriter:
         self.structure = Structure(calibrated.graph)
         self.shapes = calibrated.graph.shapes()
         self.builder = builder
-        self.quantizer = Quantizer(builder)
+        self.quantizer = Quantizer(builder, unsigned=layout.unsigned)
         self.views = ViewWriter(builder)
         #: What :mod:`ptq.onnx_export.operands` has found and written.
         self.folds: dict[str, Fold | None] = {}

@@ -171,6 +171,14 @@ def test_tensorrt_has_float_biases_and_pairs_that_touch_products(tmp_path: Path)
     assert {made[name].op_type for product in products for name in product.input} == {"DequantizeLinear"}
 
 
+def test_tensorrt_gets_levels_without_uint8(tmp_path: Path) -> None:
+    source = with_codebooks(calibrated("ours"), {"probability": log_sqrt2(4), "linear_input": log_sqrt2(4)})
+    model = export(source, tmp_path, "tensorrt")
+    assert {zero.dtype.name for zero in quantizers(model)} == {"int8"}
+    tables = [stored(model)[node.input[0]] for node in model.graph.node if node.op_type == "Gather"]
+    assert {table.dtype.name for table in tables} == {"float32"}
+
+
 def test_openvino_quantizes_behind_what_makes_the_values(tmp_path: Path) -> None:
     """LayerNorm, GELU, the fused projection and both attention products end in codes: nothing stands between."""
     model = export(calibrated("ours"), tmp_path, "openvino")
