@@ -43,6 +43,12 @@ class NodeBuilder:
             self._stored[key] = name
         return self._stored[key]
 
+    def int4(self, codes: Array, name: str) -> str:
+        """Store codes from -8 to 7 in 4 bits each and return their name."""
+        taken = self.fresh(name)
+        self.initializers.append(helper.make_tensor(taken, TensorProto.INT4, codes.shape, codes.ravel().tolist()))
+        return taken
+
     def integers(self, numbers: Sequence[int]) -> str:
         """Store extents, axes or indices as int64 and return their name; equal ones are stored once."""
         return self.initializer(np.array(numbers, np.int64), "integers_" + "_".join(map(str, numbers)))

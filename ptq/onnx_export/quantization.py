@@ -7,7 +7,6 @@ Names follow the quantization tools of ONNX Runtime, so that its debugger matche
 
 from __future__ import annotations
 
-import ml_dtypes
 import numpy as np
 from onnx import TensorProto
 
@@ -67,7 +66,7 @@ class Quantizer:
         The kernels of runtimes have a scale for each ``block`` codes of a column; those of one column are equal here.
         """
         scales = np.broadcast_to(scale.astype(np.float32), (len(codes) // block, len(scale)))
-        stored = self._builder.initializer(codes.astype(ml_dtypes.int4), f"{name}_quantized")
+        stored = self._builder.int4(codes, f"{name}_quantized")
         inputs = (stored, self._builder.initializer(scales, f"{name}_scale"))
         result = self._builder.fresh(f"{name}_DequantizeLinear_Output")
         return self._builder.node("DequantizeLinear", inputs, result, module, axis=0, block_size=block)
