@@ -42,7 +42,6 @@ def write_artifact(directory: Path, description: Mapping[str, Any], files: Mappi
     Raises:
         UsageError: the directory exists.
     """
-    refuse_existing(directory)
     manifest = {
         "format_version": FORMAT_VERSION,
         "kind": KIND,
@@ -50,13 +49,26 @@ def write_artifact(directory: Path, description: Mapping[str, Any], files: Mappi
         "files": {name: {"sha256": _sha256(files[name]), "bytes": len(files[name])} for name in FILES},
     }
     manifest["digest"] = _manifest_digest(manifest)
+    write_directory(directory, {**{name: files[name] for name in FILES}, MANIFEST: _dump(manifest)})
+
+
+def write_directory(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Write a directory beside its place, then rename it there; its parent is made if absent.
+
+    Args:
+        directory: must not exist.
+        files: content by name.
+
+    Raises:
+        UsageError: the directory exists.
+    """
+    refuse_existing(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir()
-        for name in FILES:
-            (temporary / name).write_bytes(files[name])
-        (temporary / MANIFEST).write_bytes(_dump(manifest))
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
         temporary.rename(directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

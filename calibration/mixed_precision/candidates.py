@@ -80,7 +80,7 @@ def choose_candidates(
     for entry in sites:
         if entry.spec.bits in widths:
             found[entry.site.name][entry.spec.bits] = _candidate(calibrated, calibrated, entry.site.name)
-    batches = [(batch,) for batch in images.split(MICRO_BATCH)]
+    batches = [(images[start : start + MICRO_BATCH],) for start in range(0, len(images), MICRO_BATCH)]
     for done, (change, changed) in enumerate(ChangeMaker(calibrated, memory_limit).make(changes, batches), 1):
         found[change.site][change.after.bits] = _candidate(calibrated, changed, change.site)
         if progress is not None:

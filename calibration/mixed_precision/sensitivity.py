@@ -46,10 +46,10 @@ def sensitivities(
         By site and width, the squared error of the network's result as a share of the squared float result.
     """
     pricing = _Pricing(calibrated, candidates)
-    for done, batch in enumerate(images.split(_MICRO_BATCH), 1):
-        pricing.add(batch)
+    for start in range(0, len(images), _MICRO_BATCH):
+        pricing.add(images[start : start + _MICRO_BATCH])
         if progress is not None:
-            progress("measure sensitivities", min(done * _MICRO_BATCH, len(images)), len(images))
+            progress("measure sensitivities", min(start + _MICRO_BATCH, len(images)), len(images))
     return pricing.shares()
 
 
