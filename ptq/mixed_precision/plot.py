@@ -15,16 +15,18 @@ Place = Callable[[float], float]
 
 
 def front_svg(described: Mapping[str, Any]) -> str:
-    """Return the front: signal-to-noise ratio that is predicted, and drops that were measured, over megabytes.
+    """Return the front: signal-to-noise ratio that is predicted, and drops that were measured, over what has a budget.
 
     Args:
         described: what :func:`ptq.mixed_precision.document.document` returns.
     """
-    key = f"{described['store']}_bytes"
+    by_time = "latency_budget" in described["goal"]
+    key, unit = ("milliseconds", 1.0) if by_time else (f"{described['store']}_bytes", 1e6)
+    label = "all kernels at batch 1, ms" if by_time else f"weights in the {described['store']}, MB"
     points = [*described["front"], described["chosen"], described["baseline"]]
-    x = _scale([point[key] / 1e6 for point in points], _LEFT, _WIDTH - _RIGHT)
+    x = _scale([point[key] / unit for point in points], _LEFT, _WIDTH - _RIGHT)
     y = _scale([point["snr_db"] for point in points], _HEIGHT - _BOTTOM, _TOP)
-    front = [(x[1](point[key] / 1e6), y[1](point["snr_db"])) for point in described["front"]]
+    front = [(x[1](point[key] / unit), y[1](point["snr_db"])) for point in described["front"]]
     chosen = described["chosen"]
     line = " ".join(f"{a:.1f},{b:.1f}" for a, b in front)
     parts = [
@@ -33,19 +35,19 @@ def front_svg(described: Mapping[str, Any]) -> str:
         _text(_LEFT, 24, f"{described['recipe']['name']}: {chosen['ratio']:.2f} times smaller than 8 bits", size=14),
         *_axis(x, horizontal=True),
         *_axis(y, horizontal=False),
-        _text(_WIDTH / 2, _HEIGHT - 14, f"weights in the {described['store']}, MB", anchor="middle"),
+        _text(_WIDTH / 2, _HEIGHT - 14, label, anchor="middle"),
         _text(16, _TOP - 10, "predicted signal to noise, dB", colour=_ERROR),
         f'<polyline fill="none" stroke="{_ERROR}" stroke-width="1.5" points="{line}"/>',
         *(_dot(a, b, 3, _ERROR, _ERROR) for a, b in front),
-        *_drops(described, key, x[1]),
-        _dot(x[1](chosen[key] / 1e6), y[1](chosen["snr_db"]), 7, "none", _CHOSEN),
+        *_drops(described, key, lambda value: x[1](value / unit)),
+        _dot(x[1](chosen[key] / unit), y[1](chosen["snr_db"]), 7, "none", _CHOSEN),
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
 
 
 def _drops(described: Mapping[str, Any], key: str, x: Place) -> list[str]:
-    """Draw measured drops with one standard error either way, on an axis of their own."""
+    """Draw measured drops, placed by a key, with one standard error either way, on an axis of their own."""
     found = {
         (point[key], kind): point[kind]
         for point in [*described["front"], described["baseline"], described["chosen"]]
@@ -62,7 +64,7 @@ def _drops(described: Mapping[str, Any], key: str, x: Place) -> list[str]:
     if goal is not None:
         parts.append(_line(_LEFT, _WIDTH - _RIGHT, y(goal), y(goal), _DROP, "5 4"))
     for (size, kind), drop in sorted(found.items()):
-        a = x(size / 1e6)
+        a = x(size)
         low, high = (y(drop["points"] + sign * drop["standard_error"]) for sign in (-1, 1))
         fill = _DROP if kind == "final" else "white"
         parts.append(_line(a, a, low, high, _DROP))
