@@ -7,6 +7,10 @@ With ``x[i, j] = 1`` where weight ``i`` has its ``j``-th width:
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,8 +25,10 @@ Choice = tuple[int, ...]
 
 #: The solver stops at an absolute gap of 1e-6: the largest error is scaled to this, so that the gap is none.
 _LARGEST_ERROR = 1e6
-#: By which a solution may pass the budget in the solver's arithmetic, as a share of it.
-_TOLERANCE = 1e-6
+#: Costs that are no whole numbers are rounded up to such a share of the largest sum.
+_RESOLUTION = 1e-6
+#: Of a quotient of two float64.
+_ROUNDING = 1e-12
 
 
 def choose_widths(error: Array, cost: Array, budget: float, what: str = "the cost") -> Choice:
@@ -43,14 +49,11 @@ def choose_widths(error: Array, cost: Array, budget: float, what: str = "the cos
     least = float(cost.min(1).sum())
     if least > budget:
         raise UsageError(f"{what} cannot be {budget:g}: the least that these widths reach is {least:g}")
-    limit = budget
-    while True:
-        chosen = _solve(error, cost, limit)
-        total = total_of(cost, chosen)
-        if total <= budget:
-            return chosen
-        # A rounding of the solver's own; what is left of the budget after it still holds the cheapest choice.
-        limit = max(least, limit - max(total - budget, _TOLERANCE * budget))
+    unit = _unit(cost)
+    units = np.ceil(cost / unit * (1 - _ROUNDING))
+    # Half a unit more, which no sum of whole units can use: none is within the budget by the solver's tolerance only.
+    room = max(np.floor(budget / unit * (1 + _ROUNDING)), units.min(1).sum()) + 0.5
+    return _solve(error, units, float(room))
 
 
 def choose_front(error: Array, cost: Array, points: int, what: str = "the cost") -> tuple[Choice, ...]:
@@ -84,15 +87,37 @@ def total_of(values: Array, chosen: Choice) -> float:
 def _solve(error: Array, cost: Array, limit: float) -> Choice:
     weights, widths = error.shape
     rows = csr_array(np.kron(np.eye(weights), np.ones(widths)))
-    scale = _LARGEST_ERROR / max(float(error.max()), np.finfo(np.float64).tiny)
-    unit = limit if limit > 0 else 1.0
-    result: Any = milp(
-        (error * scale).reshape(-1),
-        integrality=np.ones(error.size),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(rows, 1, 1), LinearConstraint(cost.reshape(1, -1) / unit, -np.inf, limit / unit)],
-        options={"mip_rel_gap": 0.0},
-    )
+    scale = _LARGEST_ERROR / (float(error.max()) or 1.0)
+    with _stdout_on_stderr():
+        result: Any = milp(
+            (error * scale).reshape(-1),
+            integrality=np.ones(error.size),
+            bounds=Bounds(0, 1),
+            constraints=[LinearConstraint(rows, 1, 1), LinearConstraint(cost.reshape(1, -1), -np.inf, limit)],
+            options={"mip_rel_gap": 0.0},
+        )
     if result.x is None:
         raise RuntimeError(f"the solver stopped without a choice: {result.message}")
     return tuple(int(column) for column in np.reshape(result.x, (weights, widths)).argmax(1))
+
+
+def _unit(cost: Array) -> float:
+    """Return what all costs are whole multiples of, or nearly."""
+    if np.array_equal(cost, np.rint(cost)) and cost.max() > 0:
+        return float(np.gcd.reduce(cost.astype(np.int64).reshape(-1)))
+    return _RESOLUTION * float(cost.max(1).sum()) or 1.0
+
+
+@contextlib.contextmanager
+def _stdout_on_stderr() -> Iterator[None]:
+    """Let what C code prints on stdout go to stderr: HiGHS leaves notes there, and stdout is for results."""
+    flush = ctypes.CDLL(None).fflush
+    flush(None)
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        flush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
