@@ -179,7 +179,7 @@ def main(wheel: Path | None, data: Path, output: Path, networks: str, max_drop: 
         reached = result["ratio"] >= REQUIRED_RATIO and test["drop"] <= max_drop and result["same_network"]
         enough &= reached and result["seconds"] <= ALLOWED_SECONDS
         click.echo(
-            f"{name}: {result['ratio']:.2f} times smaller than w8a8, {result['seconds']:.0f} s with {threads} threads "
+            f"{name}: {result['ratio']:.2f} times smaller than w8a8, {result['seconds']:.0f} s on {threads} threads "
             f"({result['processor_seconds']:.0f} s of the processor); "
             f"drop on the images of the search {final['points']:.2f} +- {final['standard_error']:.2f} points "
             f"({final['images']}), on test images {test['drop']:.2f} +- {test['standard_error']:.2f} "
