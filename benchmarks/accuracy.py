@@ -44,11 +44,12 @@ from torch.nn import functional
 
 import ptq
 from ptq.data import open_data
+from ptq.nearest_neighbours import nearest_neighbours
 from ptq.sources import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 FASHION = ROOT / "examples" / "fashion_mnist_vit"
-BANK, PROTOCOL_QUERIES, NEIGHBOURS, CALIBRATION = 2000, 1000, 10, 32
+BANK, PROTOCOL_QUERIES, CALIBRATION = 2000, 1000, 32
 #: Images on which compiled program and interpreter are compared.
 COMPARED = 4
 PACKAGES = ("quantizers", "calibration", "tvm_backend", "ptq")
@@ -76,13 +77,6 @@ def upscaled(images: npt.NDArray[np.uint8]) -> Tensor:
     pixels = torch.from_numpy(images.copy()).to(torch.float32)[:, None] / 255
     large = functional.interpolate(pixels, (112, 112), mode="bicubic", align_corners=False).clamp(0, 1)
     return normalize(large.expand(-1, 3, -1, -1))
-
-
-def nearest_neighbours(bank: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
-    """Return the class of each query: the majority among the most similar features."""
-    similarity = functional.normalize(queries, dim=1) @ functional.normalize(bank, dim=1).T
-    votes = functional.one_hot(labels[similarity.topk(NEIGHBOURS, 1).indices], 10).sum(1)
-    return votes.argmax(1)
 
 
 def run_batches(function: Callable[[Tensor], Tensor], images: Iterable[Tensor]) -> Tensor:

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import skimage
 import torch
 from onnx import numpy_helper
 from PIL import Image
@@ -168,6 +167,8 @@ def photographs(size: int, crops: int = 12) -> tuple[Tensor, Tensor]:
 
 
 def _crops(name: str, size: int, count: int) -> Tensor:
+    import skimage  # noqa: PLC0415 - whoever needs the checkpoint alone can do without
+
     with Image.open(Path(skimage.__file__).parent / "data" / name) as file:
         pixels = np.asarray(file.convert("RGB"))
     image = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255

@@ -11,7 +11,7 @@ from torch import Tensor
 from calibration.apply import apply
 from calibration.calibrated import QParams
 from calibration.graph import EXECUTORS, Graph, Operation
-from calibration.layer_weights import LayerMoments, LayerWeights, choose_by_moments, choose_in_range, fit_to_bias
+from calibration.layer_weights import LayerFit, LayerMoments, LayerWeights, choose_in_range, fit_to_bias
 from calibration.moments import MomentSums
 from calibration.rules import Recipe
 from calibration.sampling import layer_rows, sample_rows
@@ -180,21 +180,41 @@ class Chooser:
             spec: of the weight.
             known: format and values (N, ...) of a weight that an earlier layer, which shares it, has chosen.
         """
-        weight, bias = (self._float.constants[name].to(self._device) for name in operation.inputs[1:])
-        rows = weight.flatten(1)
+        if known is None:
+            return self.layer_at_each(operation, (spec,))[0]
+        weight, bias = self._weights(operation)
+        scale = scales_of(known[0], weight)
+        values = known[1].to(self._device).flatten(1)
+        chosen = LayerWeights(scale, nearest(values, scale, bounds(spec)[1]), bias)
+        return fit_to_bias(chosen, self.input_scale(operation), spec)
+
+    def layer_at_each(self, operation: Operation, specs: Sequence[QuantSpec]) -> list[LayerWeights]:
+        """Choose the weights of a layer for each of several specs; its inputs are read once for all of them.
+
+        Args:
+            operation: a linear or a convolution, whose input has its format.
+            specs: of the weight.
+        """
+        rows, bias = self._weights(operation)
         # What other layers read as well cannot make up for the errors of one layer's inputs.
         owned = all(len(self._structure.consumers[name]) == 1 for name in operation.inputs[1:])
         correct = self._recipe.correction != "none" and owned
-        if known is not None:
-            scale = scales_of(known[0], rows)
-            values = known[1].to(self._device).flatten(1)
-            chosen = LayerWeights(scale, nearest(values, scale, bounds(spec)[1]), bias)
-        elif _is_grouped(operation) or (spec.search in RANGE_SEARCHES and not correct):
-            # The rows that a channel of a grouped convolution reads are not those of its neighbours.
-            chosen = choose_in_range(rows, bias, spec)
-        else:
-            chosen = choose_by_moments(rows, bias, spec, self._moments(operation, rows.shape[1]), correct=correct)
-        return fit_to_bias(chosen, self.input_scale(operation), spec)
+        fit: LayerFit | None = None
+        made = []
+        for spec in specs:
+            if _is_grouped(operation) or (spec.search in RANGE_SEARCHES and not correct):
+                # The rows that a channel of a grouped convolution reads are not those of its neighbours.
+                chosen = choose_in_range(rows, bias, spec)
+            else:
+                fit = fit or LayerFit(rows, bias, self._moments(operation, rows.shape[1]), correct=correct)
+                chosen = fit.choose(spec)
+            made.append(fit_to_bias(chosen, self.input_scale(operation), spec))
+        return made
+
+    def _weights(self, operation: Operation) -> tuple[Tensor, Tensor]:
+        """Return a layer's float weights (N, K) and its bias (N,)."""
+        weight, bias = (self._float.constants[name].to(self._device) for name in operation.inputs[1:])
+        return weight.flatten(1), bias
 
     def _moments(self, operation: Operation, width: int) -> LayerMoments:
         """Return moments of what the layer reads in float, and quantized: of every other image, and of all."""

@@ -63,30 +63,33 @@ def choose_in_range(rows: Tensor, bias: Tensor, spec: QuantSpec) -> LayerWeights
     return LayerWeights(scale, nearest(rows, scale, bounds(spec)[1]), bias)
 
 
-def choose_by_moments(
-    rows: Tensor, bias: Tensor, spec: QuantSpec, moments: LayerMoments, *, correct: bool
-) -> LayerWeights:
-    """Choose scales and codes by what they do to the layer's outputs.
+class LayerFit:
+    """Chooses scales and codes of one layer by what they do to its outputs, for as many specs as are asked for.
 
     Args:
         rows: float weights, float32 (N, K).
         bias: float32 (N,).
-        spec: width and search.
         moments: of the layer's inputs.
         correct: whether weights and bias make up for the errors of the inputs.
     """
-    qmax = bounds(spec)[1]
-    target = least_squares(rows, moments.halves, moments.total) if correct else rows
-    if spec.search == "feedback":
-        made = LayerWeights(*search_weight_feedback(rows, target, moments.total, spec), bias)
-    elif spec.search == "output":
-        scale = search_weight_output(target, moments.total, spec)
-        made = LayerWeights(scale, nearest(target, scale, qmax), bias)
-    else:
-        made = choose_in_range(target, bias, spec)
-    if not correct:
-        return made
-    return replace(made, bias=bias + moments.total.bias_change(rows, made.values()).to(torch.float32))
+
+    def __init__(self, rows: Tensor, bias: Tensor, moments: LayerMoments, *, correct: bool) -> None:
+        self._rows, self._bias, self._moments, self._correct = rows, bias, moments.total, correct
+        self._target = least_squares(rows, moments.halves, moments.total) if correct else rows
+
+    def choose(self, spec: QuantSpec) -> LayerWeights:
+        """Choose by a spec's width and search."""
+        rows, bias = self._rows, self._bias
+        if spec.search == "feedback":
+            made = LayerWeights(*search_weight_feedback(rows, self._target, self._moments, spec), bias)
+        elif spec.search == "output":
+            scale = search_weight_output(self._target, self._moments, spec)
+            made = LayerWeights(scale, nearest(self._target, scale, bounds(spec)[1]), bias)
+        else:
+            made = choose_in_range(self._target, bias, spec)
+        if not self._correct:
+            return made
+        return replace(made, bias=bias + self._moments.bias_change(rows, made.values()).to(torch.float32))
 
 
 def fit_to_bias(made: LayerWeights, input_scale: float, spec: QuantSpec) -> LayerWeights:

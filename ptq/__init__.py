@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ptq.api import Quantized as Quantized
     from ptq.api import load as load
     from ptq.api import quantize as quantize
+    from ptq.mixed_precision import search as search
     from ptq.preprocessing import Preprocessing as Preprocessing
 
 _HOMES = {
@@ -21,8 +22,9 @@ _HOMES = {
     "Quantized": "ptq.api",
     "load": "ptq.api",
     "quantize": "ptq.api",
+    "search": "ptq.mixed_precision",
 }
-__all__ = ["Preprocessing", "Quantized", "load", "quantize"]
+__all__ = ["Preprocessing", "Quantized", "load", "quantize", "search"]
 
 
 def __getattr__(name: str) -> Any:

@@ -42,7 +42,6 @@ def write_artifact(directory: Path, description: Mapping[str, Any], files: Mappi
     Raises:
         UsageError: the directory exists.
     """
-    refuse_existing(directory)
     manifest = {
         "format_version": FORMAT_VERSION,
         "kind": KIND,
@@ -54,10 +53,14 @@ def write_artifact(directory: Path, description: Mapping[str, Any], files: Mappi
 
 
 def write_directory(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Write a directory of files beside its place, then rename it there; its parent is made if absent.
+    """Write a directory beside its place, then rename it there; its parent is made if absent.
+
+    Args:
+        directory: must not exist.
+        files: content by name.
 
     Raises:
-        UsageError: the path exists.
+        UsageError: the directory exists.
     """
     refuse_existing(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)

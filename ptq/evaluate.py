@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ptq.console import Reporter
 from ptq.data import ImageData
+from ptq.nearest_neighbours import FeatureBank
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,27 +38,30 @@ def evaluate(
     data: ImageData,
     batch_size: int,
     progress: Reporter | None = None,
+    bank: FeatureBank | None = None,
 ) -> Evaluation:
     """Compare first choices with labels and with float.
 
     Args:
         backend: name for the result.
-        run: maps float32 images (batch, C, H, W) to logits (batch, classes).
+        run: maps float32 images (batch, C, H, W) to logits (batch, classes), or to features where there is a bank.
         float_run: the same in float.
         data: images, with or without labels.
         batch_size: images run together.
         progress: called with what is done.
+        bank: labelled images whose nearest features are the first choice; the largest logit where None.
 
     Raises:
         DataError: a label that no output stands for.
     """
+    classify = bank.classify if bank is not None else _largest
     seen = correct = float_correct = agreed = 0
     for images, labels in data.batches(batch_size):
-        logits = float_run(images)
+        results = float_run(images)
         if seen == 0:
-            data.check_labels(logits.shape[-1])
-        expected = logits.argmax(-1)
-        found = expected if run is float_run else run(images).argmax(-1)
+            data.check_labels(results.shape[-1] if bank is None else bank.num_classes)
+        expected = classify(results)
+        found = expected if run is float_run else classify(run(images))
         agreed += int((found == expected).sum())
         if labels is not None:
             correct += int((found == labels).sum())
@@ -73,3 +77,7 @@ def evaluate(
         100.0 * float_correct / seen if labelled else None,
         agreed / seen,
     )
+
+
+def _largest(logits: Tensor) -> Tensor:
+    return logits.argmax(-1)

@@ -212,10 +212,14 @@ def encode(values: Tensor, qparams: CodebookQParams) -> Tensor:
             f"{int((~values.isfinite()).sum())} of {values.numel()} values are infinite or NaN; "
             f"{qparams.codebook.name} codes finite values only"
         )
-    # The thresholds move, not the values: their sum with a zero point would round small ones away.
-    borders = torch.tensor(thresholds(qparams.codebook), dtype=torch.float64, device=values.device)
-    borders = borders / 2 - qparams.zero_point
-    return torch.bucketize((values.to(torch.float64) / qparams.scale).contiguous(), borders)
+    # A value lies above half a whole number where its double, rounded up, is larger than the number: so a table does
+    # what a search of the thresholds would, many times faster. Whole numbers take the zero point, for the sum of it and
+    # a value would round small ones away.
+    borders = torch.tensor(thresholds(qparams.codebook), device=values.device)
+    passed = torch.searchsorted(borders, torch.arange(2 * TOP + 2, device=values.device))
+    shift = 2 * qparams.zero_point
+    doubled = (2 * (values.to(torch.float64) / qparams.scale)).ceil_()
+    return passed[doubled.clamp_(-shift, 2 * TOP + 1 - shift).to(torch.int64) + shift]
 
 
 def levels_of(values: Tensor, qparams: CodebookQParams) -> npt.NDArray[np.uint8]:

@@ -66,24 +66,43 @@ def profile(compiled: CompiledProgram, *inputs: npt.NDArray[np.float32], rounds:
         UsageError: ``rounds`` is not positive.
         DataError: the inputs are not what the program takes.
     """
-    if rounds < 1:
-        raise UsageError(f"rounds is {rounds}, expected at least 1")
-    compiled(*inputs)
     batch = len(inputs[0])
-    samples: list[list[float]] = [[] for _ in compiled.bundle.schedule.calls]
-    for _ in range(rounds):
-        for seconds, taken in zip(compiled.time_calls(*inputs), samples, strict=True):
-            taken.append(seconds)
+    (seconds,) = median_call_seconds([compiled], *inputs, rounds=rounds)
     groups: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    for call, taken in zip(compiled.bundle.schedule.calls, samples, strict=True):
+    for call, median in zip(compiled.bundle.schedule.calls, seconds, strict=True):
         first, last = call.arguments[0], call.arguments[-1]
         shape = " -> ".join("x".join(map(str, (batch * a.rows, *a.tail))) for a in (first, last))
-        groups.setdefault((call.operators, shape), []).append((batch * call.macs, statistics.median(taken)))
+        groups.setdefault((call.operators, shape), []).append((batch * call.macs, median))
     times = [
         KernelTime(kernel, shape, len(calls), sum(m for m, _ in calls), 1000 * sum(s for _, s in calls))
         for (kernel, shape), calls in groups.items()
     ]
     return sorted(times, key=lambda entry: -entry.median_ms)
+
+
+def median_call_seconds(
+    programs: Sequence[CompiledProgram], *inputs: npt.NDArray[np.float32], rounds: int = 30
+) -> list[list[float]]:
+    """Time every call of several programs that take the same inputs, a run of each a round: noise meets all alike.
+
+    Args:
+        programs: what to run, each with its number of threads.
+        inputs: as the programs take them.
+        rounds: runs of each program.
+
+    Returns:
+        For each program the median seconds of each call of its schedule.
+
+    Raises:
+        UsageError: ``rounds`` is not positive.
+        DataError: the inputs are not what the programs take.
+    """
+    if rounds < 1:
+        raise UsageError(f"rounds is {rounds}, expected at least 1")
+    for compiled in programs:
+        compiled(*inputs)
+    runs = [[compiled.time_calls(*inputs) for compiled in programs] for _ in range(rounds)]
+    return [[statistics.median(taken) for taken in zip(*samples, strict=True)] for samples in zip(*runs, strict=True)]
 
 
 def int8_peak(target: str = NATIVE, threads: int | None = None, rounds: int = 30) -> float:

@@ -19,7 +19,7 @@ from calibration.calibrated import Calibrated, CalibratedSite, QParams
 from calibration.choices import Chooser
 from calibration.graph import Graph, Operation
 from calibration.heads import head_counts
-from calibration.layer_weights import round_bias
+from calibration.layer_weights import LayerWeights, round_bias
 from calibration.rules import is_possible
 from calibration.sites import OUTPUT, Edge, Site, Structure
 from calibration.stream import Stream
@@ -109,6 +109,7 @@ class ChangeMaker:
 
     def __init__(self, calibrated: Calibrated, memory_limit: int) -> None:
         self._calibrated, self._memory_limit = calibrated, memory_limit
+        self._sites = {entry.site.name: entry.site for entry in calibrated.sites}
         self._site_of: dict[Edge, Site] = {edge: e.site for e in calibrated.sites for edge in e.site.edges}
         self._formats: Mapping[str, QParams] = {e.site.name: e.qparams for e in calibrated.sites}
         self._structure = Structure(calibrated.graph)
@@ -123,9 +124,8 @@ class ChangeMaker:
             batches: float32 ``(batch, *shape)`` for each input.
         """
         wanted: dict[str, list[Change]] = {}
-        sites = {entry.site.name: entry.site for entry in self._calibrated.sites}
         for change in changes:
-            wanted.setdefault(sites[change.site].edges[0][0], []).append(change)
+            wanted.setdefault(self._sites[change.site].edges[0][0], []).append(change)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with ActivationCache(self._memory_limit) as cache, torch.no_grad():
             float_graph = self._calibrated.rewritten_graph()
@@ -142,8 +142,7 @@ class ChangeMaker:
                 float_graph, self._calibrated.recipe, reference, source, self._formats, self._site_of, device
             )
             for operation in self._calibrated.graph.operations:
-                for change in wanted.pop(operation.name, []):
-                    yield change, self._changed(chooser, float_graph, operation, sites[change.site], change.after)
+                yield from self._make_at(chooser, float_graph, operation, wanted.pop(operation.name, []))
                 if not wanted:
                     return
                 for stream in streams:
@@ -157,26 +156,40 @@ class ChangeMaker:
             return value
         return apply(self._formats[site.name], value)
 
-    def _changed(
+    def _make_at(
+        self, chooser: Chooser, float_graph: Graph, operation: Operation, changes: Sequence[Change]
+    ) -> Iterator[tuple[Change, Calibrated]]:
+        """Make the changes of sites that an operation is the first to read."""
+        specs = [change.after for change in changes if change.kind == "weight"]
+        weights = iter(chooser.layer_at_each(operation, specs) if specs else ())
+        for change in changes:
+            site = self._sites[change.site]
+            if change.kind == "weight":
+                qparams, constants = self._layer(chooser, float_graph, operation, next(weights), change.after)
+            else:
+                qparams, constants = self._operand(chooser, float_graph, operation, site, change.after)
+            yield change, with_format(self._calibrated, site.name, change.after, qparams, constants)
+
+    def _layer(
+        self, chooser: Chooser, float_graph: Graph, operation: Operation, chosen: LayerWeights, spec: QuantSpec
+    ) -> tuple[QParams, dict[str, Tensor]]:
+        _, weight, bias = operation.inputs
+        constants = {weight: chosen.values().reshape(float_graph.constants[weight].shape).cpu()}
+        if len(self._structure.consumers[bias]) == 1:
+            constants[bias] = round_bias(chosen, chooser.input_scale(operation)).cpu()
+        return chosen.qparams(spec), constants
+
+    def _operand(
         self, chooser: Chooser, float_graph: Graph, operation: Operation, site: Site, spec: QuantSpec
-    ) -> Calibrated:
-        constants: dict[str, Tensor] = {}
-        if site.kind == "weight":
-            chosen = chooser.layer(operation, spec, None)
-            qparams: QParams = chosen.qparams(spec)
-            _, weight, bias = operation.inputs
-            constants[weight] = chosen.values().reshape(float_graph.constants[weight].shape).cpu()
-            if len(self._structure.consumers[bias]) == 1:
-                constants[bias] = round_bias(chosen, chooser.input_scale(operation)).cpu()
-        else:
-            position = next(place for name, place in site.edges if name == operation.name)
-            heads = None
-            if spec.granularity == "head":
-                heads = head_counts(float_graph, [site], {site.name: spec}, self._calibrated.recipe)[site.name]
-            qparams = chooser.operand(site, operation, position, spec, heads)
-            if site.value in float_graph.constants:
-                constants[site.value] = apply(qparams, float_graph.constants[site.value])
-        return with_format(self._calibrated, site.name, spec, qparams, constants)
+    ) -> tuple[QParams, dict[str, Tensor]]:
+        position = next(place for name, place in site.edges if name == operation.name)
+        heads = None
+        if spec.granularity == "head":
+            heads = head_counts(float_graph, [site], {site.name: spec}, self._calibrated.recipe)[site.name]
+        qparams = chooser.operand(site, operation, position, spec, heads)
+        if site.value not in float_graph.constants:
+            return qparams, {}
+        return qparams, {site.value: apply(qparams, float_graph.constants[site.value])}
 
 
 def with_format(

@@ -7,13 +7,19 @@ vectors ``g = u J``, one backward pass each, price every error at every operatio
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from calibration.graph import EXECUTORS, Executor, Graph, Operation, execute
+
+Key = TypeVar("Key", bound=Hashable)
+
+#: Vectors of signs for each image; more only make estimates steadier.
+VECTORS = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,6 +39,30 @@ class FloatRun:
     def dots(self, name: str, error: Tensor) -> Tensor:
         """Return what an error at an operation's result does along each vector of signs, float64 (vectors, batch)."""
         return torch.stack([(g * error).flatten(1).to(torch.float64).sum(1) for g in self.gradients[name]])
+
+
+class Effects(Generic[Key]):
+    """Adds up what errors do to the network's result in one micro-batch.
+
+    Args:
+        run: the micro-batch.
+    """
+
+    def __init__(self, run: FloatRun) -> None:
+        self._run = run
+        self._dots: dict[Key, Tensor] = {}
+
+    def add(self, key: Key, operation: str, error: Tensor) -> None:
+        """Add an error at an operation's result, shaped as it; errors under one key are there together."""
+        dots, images = self._run.dots(operation, error), len(self._run.results)
+        if dots.shape[1] != images:
+            # A result that is the same for every image: one error, in all of them.
+            dots = dots.expand(-1, images) / images**0.5
+        self._dots[key] = self._dots[key] + dots if key in self._dots else dots
+
+    def squares(self) -> dict[Key, float]:
+        """Return by key the squared error of the network's result, summed over images, to first order."""
+        return {key: float(dots.square().mean(0).sum()) for key, dots in self._dots.items()}
 
 
 def run_float(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from calibration.apply import apply
 from calibration.calibrated import Calibrated, CalibratedSite
-from calibration.diagnosis.gradients import FloatRun, run_float
+from calibration.diagnosis.gradients import VECTORS, Effects, FloatRun, run_float
 from calibration.diagnosis.readings import (
     NOTHING,
     LayerReading,
@@ -40,8 +40,6 @@ from quantizers.codebook import CodebookQParams
 from quantizers.spec import MAX_BITS, QuantSpec
 from quantizers.uniform import UniformQParams
 
-#: Vectors of signs for each image; more only make estimates steadier.
-_VECTORS = 2
 _SEED = 0
 
 
@@ -91,7 +89,7 @@ class _Meter:
         self._found: list[Tensor] = []
 
     def add(self, batch: tuple[Tensor, ...]) -> FloatRun:
-        run = run_float(self.float, batch, self.layers, _VECTORS, self._generator)
+        run = run_float(self.float, batch, self.layers, VECTORS, self._generator)
         simulation = Simulation(self._calibrated, multipliers=self._multipliers)
         with torch.no_grad():
             batch_pass = _Pass(self, run, simulation)
@@ -170,8 +168,8 @@ class _Pass:
     def __init__(self, meter: _Meter, run: FloatRun, simulation: Simulation) -> None:
         self._meter, self._run, self._simulation = meter, run, simulation
         self._raw: dict[int, Tensor] = {}
-        self._site_dots: dict[str, Tensor] = {}
-        self._layer_dots: dict[str, Tensor] = {}
+        self._site_effects: Effects[str] = Effects(run)
+        self._layer_effects: Effects[str] = Effects(run)
         self._output_errors: dict[str, float] = {}
         self._seen: set[str] = set()
         self.executors: dict[str, Executor] = {
@@ -186,12 +184,10 @@ class _Pass:
         self._output_errors[site] = self._output_errors.get(site, 0.0) + amount
 
     def add_effects(self) -> None:
-        for sums, add in (
-            (self._site_dots, self._meter.add_effect),
-            (self._layer_dots, lambda name, amount: self._meter.add_power(name, "effect", amount)),
-        ):
-            for name, dots in sums.items():
-                add(name, float(dots.square().mean(0).sum()))
+        for name, amount in self._site_effects.squares().items():
+            self._meter.add_effect(name, amount)
+        for name, amount in self._layer_effects.squares().items():
+            self._meter.add_power(name, "effect", amount)
         for name, amount in self._output_errors.items():
             self._meter.add_effect(name, amount)
 
@@ -235,14 +231,14 @@ class _Pass:
                 read = operands[position].to(torch.float32) if is_table else apply(entry.qparams, exact[position])
                 own[position] = read
                 error = error_with({position: read})
-            self._add_dots(self._site_dots, entry.site.name, name, error)
+            self._site_effects.add(entry.site.name, name, error)
             if entry.site.name not in self._seen:
                 self._seen.add(entry.site.name)
                 meter.add_value(entry, exact[position], read - exact[position])
         if own:
             meter.add_power(name, "activation", _power(error_with(own)))
         # Together: corrected weights make up for the errors of what they read.
-        self._add_dots(self._layer_dots, name, name, error_with({**own, **weight}))
+        self._layer_effects.add(name, name, error_with({**own, **weight}))
         raw = {
             position: value.to(torch.float32)
             for position, value in self._raw.items()
@@ -253,14 +249,6 @@ class _Pass:
     def _float_operand(self, value: str) -> Tensor:
         constants = self._meter.float.constants
         return constants[value][None] if value in constants else self._run.values[value]
-
-    def _add_dots(self, sums: dict[str, Tensor], key: str, operation: str, error: Tensor) -> None:
-        dots = self._run.dots(operation, error)
-        images = len(self._run.results)
-        if dots.shape[1] != images:
-            # A result that is the same for every image: one error, in all of them.
-            dots = dots.expand(-1, images) / images**0.5
-        sums[key] = sums[key] + dots if key in sums else dots
 
 
 def _power(x: Tensor) -> float:

@@ -59,6 +59,11 @@ def multipliers_of(calibrated: Calibrated) -> Multipliers:
     return lowering.multipliers()
 
 
+def sums_of(operation: Operation) -> str:
+    """Return the name of the node that holds an operation's int32 sums, where it is one with a product of its own."""
+    return f"{operation.name}.sum"
+
+
 class _Lowering:
     def __init__(self, calibrated: Calibrated) -> None:
         self.graph = calibrated.graph
@@ -243,7 +248,7 @@ class _Lowering:
                 self.builder.constant(offset.astype(np.int32), f"{operation.inputs[2]}.codes"),
             ),
             kind,
-            f"{operation.name}.sum",
+            sums_of(operation),
             operation.module,
         )
         return Accumulator(name, scale)
@@ -290,7 +295,7 @@ class _Lowering:
             "matmul",
             (a, b),
             TensorType("int32", operation.shape),
-            f"{operation.name}.sum",
+            sums_of(operation),
             operation.module,
             zero_point_a=zero_a,
             zero_point_b=zero_b,
@@ -317,7 +322,7 @@ class _Lowering:
             "reduce_sum",
             (self.codes(operation.inputs[0], source),),
             TensorType("int32", operation.shape),
-            f"{operation.name}.sum",
+            sums_of(operation),
             operation.module,
             axis=axis,
             zero_point=source.zero_point,

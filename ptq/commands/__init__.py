@@ -8,6 +8,7 @@ from ptq.commands.export import export
 from ptq.commands.inspect import inspect
 from ptq.commands.quantize import quantize
 from ptq.commands.recipes import recipes
+from ptq.commands.search import search
 from ptq.commands.verify import verify
 
-COMMANDS = (quantize, evaluate, export, inspect, verify, check, diagnose, benchmark, recipes)
+COMMANDS = (quantize, evaluate, export, inspect, verify, check, diagnose, search, benchmark, recipes)

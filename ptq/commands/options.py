@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 DATA_HELP = "Folder of images, a .npz with images and labels, or package.module:callable."
+BANK_HELP = "Labelled images whose 10 nearest float features vote, for models without classes."
 BACKENDS = ("float", "simulate", "integer", "tvm", "onnxruntime", "onnx-integer")
 
 
@@ -131,8 +132,10 @@ def open_artifact(path: Path) -> Quantized:
     return load(path)
 
 
-def open_images(spec: str, target: Target, limit: int | None, resize: bool, overrides: dict[str, Any]) -> ImageData:
-    """Open DATA for a target, with labels checked against its classes.
+def open_images(
+    spec: str, target: Target, limit: int | None, resize: bool, overrides: dict[str, Any], *, features: bool = False
+) -> ImageData:
+    """Open DATA for a target, with labels checked against its classes, unless its results are features.
 
     Raises:
         UsageError: another input size than the one a quantized model is made for.
@@ -146,7 +149,9 @@ def open_images(spec: str, target: Target, limit: int | None, resize: bool, over
             f"--input-size is {preprocessing.input_size}, the quantized model takes {own.input_size} "
             "(channels, height, width); quantize the model at the other size"
         )
-    classes = target.loaded.num_classes if target.loaded is not None else _num_outputs(target.quantized)
+    classes = None
+    if not features:
+        classes = target.loaded.num_classes if target.loaded is not None else _num_outputs(target.quantized)
     names = target.loaded.label_names if target.loaded is not None else None
     return open_data(spec, preprocessing, limit=limit, resize=resize, num_classes=classes, label_names=names)
 

@@ -19,6 +19,9 @@ from ptq.importing import import_callable, is_callable_spec
 from ptq.preprocessing import Preprocessing
 from quantizers.errors import DataError
 
+#: From the number of images to the indices of those that are taken.
+Choose = Callable[[int], list[int]]
+
 
 def open_data(
     spec: str,
@@ -26,6 +29,7 @@ def open_data(
     *,
     limit: int | None = None,
     seed: int = 0,
+    besides: int = 0,
     resize: bool = False,
     num_classes: int | None = None,
     label_names: Sequence[str] | None = None,
@@ -39,6 +43,8 @@ def open_data(
         limit: use at most this many images: a random choice without replacement, in file order; of a callable,
             whose length nobody knows, the first ones.
         seed: of that choice. The same seed gives the same images.
+        besides: leave out the images that a limit of this many chooses with the same seed; of a callable, so many first
+            ones. ``limit`` then chooses among the others.
         resize: let a ``.npz`` hold uint8 images of another size than the model's.
         num_classes: check the labels against it.
         label_names: the model's class names, to match sub-folders with.
@@ -48,12 +54,20 @@ def open_data(
         UsageError: an image file needs Pillow and it is not installed.
     """
     path = Path(spec)
+
+    def chosen(count: int) -> list[int]:
+        if besides >= count:
+            raise DataError(f"{spec}: {count} images, {besides} of them are set aside: none is left; give more images")
+        aside = set(_choose(count, besides, seed)) if besides else set()
+        others = [index for index in range(count) if index not in aside]
+        return [others[index] for index in _choose(len(others), limit, seed)]
+
     if path.is_dir():
-        data = _open_folder(path, preprocessing, limit, seed, label_names)
+        data = _open_folder(path, preprocessing, chosen, label_names)
     elif path.is_file():
-        data = _open_npz(path, preprocessing, limit, seed, resize)
+        data = _open_npz(path, preprocessing, chosen, resize)
     elif is_callable_spec(spec):
-        data = _open_callable(spec, preprocessing, limit)
+        data = _open_callable(spec, preprocessing, limit, besides)
     else:
         raise DataError(f"no such data: {spec}: expected a folder of images, a .npz file, or package.module:callable")
     if num_classes is not None:
@@ -68,10 +82,10 @@ def _choose(count: int, limit: int | None, seed: int) -> list[int]:
 
 
 def _open_folder(
-    path: Path, preprocessing: Preprocessing, limit: int | None, seed: int, label_names: Sequence[str] | None
+    path: Path, preprocessing: Preprocessing, choose: Choose, label_names: Sequence[str] | None
 ) -> ImageData:
     files, labels = list_images(path, label_names)
-    indices = _choose(len(files), limit, seed)
+    indices = choose(len(files))
     chosen = [files[index] for index in indices]
     return ImageData(
         path.resolve().name,
@@ -82,11 +96,11 @@ def _open_folder(
     )
 
 
-def _open_npz(path: Path, preprocessing: Preprocessing, limit: int | None, seed: int, resize: bool) -> ImageData:
+def _open_npz(path: Path, preprocessing: Preprocessing, choose: Choose, resize: bool) -> ImageData:
     if path.suffix.lower() != ".npz":
         raise DataError(f"{path}: expected a folder of images or a .npz file, got a file ending in {path.suffix!r}")
     images, labels = read_npz(path, preprocessing, resize)
-    indices = _choose(len(images), limit, seed)
+    indices = choose(len(images))
     return ImageData(
         path.name,
         preprocessing,
@@ -96,14 +110,14 @@ def _open_npz(path: Path, preprocessing: Preprocessing, limit: int | None, seed:
     )
 
 
-def _open_callable(spec: str, preprocessing: Preprocessing, limit: int | None) -> ImageData:
+def _open_callable(spec: str, preprocessing: Preprocessing, limit: int | None, besides: int) -> ImageData:
     function: Callable[[], Iterable[Any]] = import_callable(spec, DataError)
 
     def pairs() -> Iterator[tuple[Tensor, int | None]]:
         items = function()
         if not isinstance(items, Iterable):
             raise DataError(f"{spec}: must return an iterable of images, returned {type(items).__name__}")
-        return islice(iterate_pairs(items), limit)
+        return islice(iterate_pairs(items), besides, None if limit is None else besides + limit)
 
     # One pass counts, collects the labels and finds bad images before anything is computed; the images are not kept.
     labels: list[int | None] = []
@@ -115,7 +129,8 @@ def _open_callable(spec: str, preprocessing: Preprocessing, limit: int | None) -
             )
         labels.append(label)
     if not labels:
-        raise DataError(f"{spec}: yielded no image: it must return a non-empty iterable, anew at every call")
+        missing = f"no image after the first {besides}" if besides else "no image"
+        raise DataError(f"{spec}: yielded {missing}: it must return a non-empty iterable, anew at every call")
     known = [label for label in labels if label is not None]
     if known and len(known) != len(labels):
         raise DataError(f"{spec}: {len(labels)} images but {len(known)} labels: give all images a label, or none")

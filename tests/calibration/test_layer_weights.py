@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from calibration.layer_weights import (
+    LayerFit,
     LayerMoments,
     LayerWeights,
-    choose_by_moments,
     choose_in_range,
     fit_to_bias,
     round_bias,
@@ -123,6 +123,6 @@ def test_a_layer_that_reads_a_constant_gets_weights(search: str) -> None:
     x = torch.randn((1, 8), generator=torch.Generator().manual_seed(1)).repeat(40, 1)
     q = (x * 3).round() / 3
     spec, weight = QuantSpec(4, granularity="channel", search=search), torch.randn(5, 8)
-    made = choose_by_moments(weight, torch.ones(5), spec, LayerMoments(moments(x, q), None), correct=True)
+    made = LayerFit(weight, torch.ones(5), LayerMoments(moments(x, q), None), correct=True).choose(spec)
     assert float((made.values() - weight).abs().max()) <= float(made.scale.max())
     torch.testing.assert_close(q @ made.values().T + made.bias, x @ weight.T + 1, rtol=1e-4, atol=1e-4)

@@ -58,6 +58,20 @@ def test_choice_depends_on_the_seed_only(tmp_path: Path) -> None:
     assert len(open_data(spec, GREY, limit=500)) == 50
 
 
+def test_others_are_those_that_a_limit_leaves_out(tmp_path: Path) -> None:
+    spec = save(tmp_path / "x.npz", images=pixels(50), labels=np.arange(50))
+    chosen, others = open_data(spec, GREY, limit=7, seed=3), open_data(spec, GREY, besides=7, seed=3)
+    assert sorted(indices(chosen) + indices(others)) == list(range(50))
+    assert indices(others) == sorted(indices(others))
+    few = open_data(spec, GREY, besides=7, limit=5, seed=3)
+    assert len(few) == 5
+    assert set(indices(few)) < set(indices(others))
+    assert few.labels is not None
+    assert few.labels.tolist() == indices(few)
+    with pytest.raises(DataError, match="50 images, 50 of them are set aside: none is left"):
+        open_data(spec, GREY, besides=50)
+
+
 def test_folder_of_classes(tmp_path: Path) -> None:
     """Sorted sub-folders are the labels; the model's class names, where they match, count instead."""
     image = pytest.importorskip("PIL.Image")
@@ -184,6 +198,11 @@ def test_callables(module: str) -> None:
     assert [len(images) for images, _ in data.batches(2)] == [2, 1]
     assert len(open_data(f"{module}:dicts", GREY)) == 2
     assert len(open_data(f"{module}:endless", GREY, limit=5)) == 5
+    rest = open_data(f"{module}:pairs", GREY, besides=1, limit=5)
+    assert rest.labels is not None
+    assert (len(rest), rest.labels.tolist()) == (2, [1, 2])
+    with pytest.raises(DataError, match="yielded no image after the first 3"):
+        open_data(f"{module}:pairs", GREY, besides=3)
 
 
 @pytest.mark.parametrize(
