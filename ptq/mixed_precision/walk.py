@@ -21,11 +21,12 @@ def smallest_within(
 ) -> tuple[Point, Network, tuple[Point, ...]]:
     """Return the smallest point whose recipe, run anew, loses little enough.
 
-    Points are bisected by ``measure``, for accuracy falls with size up to noise. The point that this finds is run anew,
-    and after it the next larger ones until one is enough.
+    Points are bisected by the drop that ``measure`` finds, for accuracy falls with size up to noise. Here the drop alone
+    counts: with its standard error, one unlucky measurement would rule out all that is smaller. The point that this finds
+    is run anew, and after it the next larger ones until one is enough, standard error included.
 
     Args:
-        max_drop: points of top-1, one standard error included.
+        max_drop: points of top-1, one standard error included where a recipe was run anew.
         front: smallest first.
         measure: measures a point with the weights that the search has, quick.
         rerun: calibrates anew with a point's recipe and measures that, slow.
@@ -42,7 +43,7 @@ def smallest_within(
         middle = (low + high) // 2
         drop = measure(front[middle])
         measured[middle] = dataclasses.replace(front[middle], drop=drop)
-        low, high = (low, middle) if drop.within(max_drop) else (middle, high)
+        low, high = (low, middle) if drop.points <= max_drop else (middle, high)
     # The last one is run anew in any case: its weights make up for more than those of the search.
     final: Drop | None = None
     for index in range(min(high, len(front) - 1), len(front)):

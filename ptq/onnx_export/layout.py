@@ -32,6 +32,7 @@ class Layout:
         summary: one line for people.
         placement: a member of :data:`PLACEMENTS`.
         gemm: whether a linear is a Gemm on rows; otherwise a MatMul and an Add.
+        rows: whether what lies between two linears works on rows too, see :mod:`ptq.onnx_export.rows`.
         probability_codes: the largest code of a probability, 255 or 127.
         integer_bias: whether biases are int32 codes; otherwise float32 values, of the same grid.
         unsigned: whether QuantizeLinear may make uint8, the type of levels; otherwise these are looked up in float32,
@@ -42,6 +43,7 @@ class Layout:
     summary: str
     placement: str
     gemm: bool
+    rows: bool
     probability_codes: int
     integer_bias: bool
     unsigned: bool
@@ -51,10 +53,10 @@ class Layout:
 #: By runtime. Measured with benchmarks/export_presets.py; TensorRT by its documentation.
 LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     {
-        "onnxruntime": Layout("ONNX Runtime on CPUs", "product", True, 255, True, True, "all"),
-        "openvino": Layout("OpenVINO on CPUs", "producer", False, 255, True, True, "linear"),
-        "tensorrt": Layout("TensorRT", "product", False, 127, False, False, "none"),
-        "portable": Layout("any runtime with opset 20", "product", True, 127, True, True, "none"),
+        "onnxruntime": Layout("ONNX Runtime on CPUs", "product", True, True, 255, True, True, "all"),
+        "openvino": Layout("OpenVINO on CPUs", "producer", False, False, 255, True, True, "linear"),
+        "tensorrt": Layout("TensorRT", "product", False, False, 127, False, False, "none"),
+        "portable": Layout("any runtime with opset 20", "product", True, False, 127, True, True, "none"),
     }
 )
 DEFAULT_TARGET = "onnxruntime"

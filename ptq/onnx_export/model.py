@@ -11,6 +11,7 @@ from ptq.onnx_export.assemble import assemble_model
 from ptq.onnx_export.builder import NodeBuilder
 from ptq.onnx_export.layout import Layout
 from ptq.onnx_export.operators import WRITERS
+from ptq.onnx_export.rows import keep_rows
 from ptq.onnx_export.writer import GraphWriter
 
 _DOCUMENTATION = (
@@ -46,6 +47,8 @@ def build_model(
     for name, value in graph.outputs:
         if writer.value(value) != name:
             builder.node("Identity", (writer.value(value),), name)
+    if layout.rows:
+        keep_rows(builder, writer.extents())
     builder.prune(name for name, _ in graph.outputs)
     return assemble_model(
         builder,

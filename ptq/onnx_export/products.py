@@ -51,8 +51,7 @@ def write_linear(writer: GraphWriter, operation: Operation) -> None:
     if len(operation.shape) == 1:
         writer.result(operation, "Gemm", operands, transB=1)
         return
-    product = writer.step(operation, "product", "Gemm", operands, transB=1)
-    writer.reshaped_result(operation, product)
+    writer.reshaped_result(operation, writer.rows_result(operation, operands))
 
 
 def write_conv2d(writer: GraphWriter, operation: Operation) -> None:
@@ -123,7 +122,7 @@ def _write_patches(writer: GraphWriter, operation: Operation) -> None:
     x = write_operand(writer, operation, 0, patches).name
     codes = _codes(writer, operation).reshape(channels, -1)
     if writer.layout.gemm:
-        x = writer.step(operation, "product", "Gemm", (x, *_weight_and_bias(writer, operation, codes)), transB=1)
+        x = writer.rows_result(operation, (x, *_weight_and_bias(writer, operation, codes)))
     else:
         x = writer.step(operation, "sum", "Add", _product_and_bias(writer, operation, x, codes))
     x = writer.reshaped(operation, "channels_last", x, (height, width, channels))

@@ -55,6 +55,7 @@ class GraphWriter:
         #: What :mod:`ptq.onnx_export.operands` has found and written.
         self.folds: dict[str, Fold | None] = {}
         self.carried: dict[Hashable, str] = {}
+        self._row_widths: dict[str, tuple[int, ...]] = {}
         self._wanted = dict(names)
         self._written = {name: name for name, _ in calibrated.graph.inputs}
 
@@ -103,6 +104,17 @@ class GraphWriter:
         self._written[operation.name] = self.views.reshape(
             source, operation.shape, self._name(operation), operation.module
         )
+
+    def rows_result(self, operation: Operation, operands: Sequence[str]) -> str:
+        """Append a Gemm with a weight (N, K), which gives rows (batch x tokens, N); return their name."""
+        name = self.step(operation, "product", "Gemm", operands, transB=1)
+        self._row_widths[name] = (operation.shape[-1] if operation.op == "linear" else operation.shape[0],)
+        return name
+
+    def extents(self) -> dict[str, tuple[int, ...]]:
+        """Return the sample shapes of computed values by their ONNX names, and (N,) of rows."""
+        written = {name: self.shapes[value] for value, name in self._written.items()}
+        return {**written, **self._row_widths}
 
     def only_scaled(self, operation: Operation) -> Operation | None:
         """Return the scaling that alone reads an operation's result, or None."""

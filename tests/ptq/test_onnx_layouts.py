@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from calibration.graph import execute
 from ptq.deployment import check_deployment
 from ptq.onnx_export import export_onnx
 from ptq.onnx_export.layout import LAYOUTS, formats_of, get_layout, probability_format, without_zero_point
+from ptq.onnx_export.model import build_model
 from quantizers.codebook import uniform_codebook
 from quantizers.errors import UsageError
 from quantizers.logarithm import log_sqrt2
@@ -213,6 +215,33 @@ def test_one_quantizer_serves_queries_keys_and_values(tmp_path: Path) -> None:
     }
     heads = [scale for kind in ("query", "key", "value") for scale in own[kind]]
     np.testing.assert_allclose(steps, np.repeat(heads, len(steps) // len(heads)), rtol=1e-6)
+
+
+def test_the_stream_stays_on_rows_between_linears(tmp_path: Path) -> None:
+    """Of a block, Reshapes are left around attention: behind the projection, and of each operand and the result."""
+    counts = {
+        target: collections.Counter(node.op_type for node in export(calibrated("ours"), tmp_path, target).graph.node)
+        for target in ("onnxruntime", "portable")
+    }
+    assert {kind: count for kind, count in counts["onnxruntime"].items() if kind != "Reshape"} == {
+        kind: count for kind, count in counts["portable"].items() if kind != "Reshape"
+    }
+    # Around GELU, around the norms, and behind proj and fc2; the sum that the stream begins with still has its batch.
+    assert counts["portable"]["Reshape"] - counts["onnxruntime"]["Reshape"] >= 2 * 4
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_change_no_bit(name: str) -> None:
+    source = calibrated(name, head_recipe(symmetric=False))
+    layout = LAYOUTS["onnxruntime"]
+    x = images(name, 3, seed=3)
+    found = []
+    for rows in (True, False):
+        model = build_model(source, dataclasses.replace(layout, rows=rows), {}, int4=False, batch_size=None)
+        onnx.checker.check_model(model, full_check=True)
+        session = onnxruntime.InferenceSession(model.SerializeToString())
+        found.append(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    np.testing.assert_array_equal(found[0], found[1])
 
 
 # In OpenVINO ----------------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ def lost(count: int) -> Drop:
 def test_the_smallest_point_that_is_enough_is_found(drops: list[int], gain: int) -> None:
     """Where accuracy falls with size, and a new calibration makes up for some of the loss or none."""
     falling = sorted(drops, reverse=True)
-    enough = [lost(count).within(2.0) for count in falling]
+    start = next((index for index, count in enumerate(falling) if lost(count).points <= 2.0), len(falling) - 1)
+    enough = [index for index in range(start, len(falling)) if lost(max(0, falling[index] - gain)).within(2.0)]
     measured: list[int] = []
 
     def measure(point: Point) -> Drop:
@@ -38,12 +39,12 @@ def test_the_smallest_point_that_is_enough_is_found(drops: list[int], gain: int)
     def rerun(point: Point) -> tuple[int, Drop]:
         return point.bundle_bytes, lost(max(0, falling[point.bundle_bytes] - gain))
 
-    if not lost(max(0, falling[-1] - gain)).within(2.0):
+    if not enough:
         with pytest.raises(UsageError, match="cannot be kept"):
             smallest_within(2.0, points(len(falling)), measure, rerun)
         return
     point, network, front = smallest_within(2.0, points(len(falling)), measure, rerun)
-    assert network == point.bundle_bytes == (enough.index(True) if any(enough) else len(falling) - 1)
+    assert network == point.bundle_bytes == enough[0]
     assert len(measured) == len(set(measured)) <= math.ceil(math.log2(len(falling) + 1))
     assert {index for index, entry in enumerate(front) if entry.drop is not None} == set(measured)
     assert front[network].final == point.final
@@ -59,6 +60,15 @@ def test_a_recipe_that_misses_gives_way_to_the_next_larger_one() -> None:
     )
     assert (network, point.bundle_bytes) == (3, 3)
     assert [entry.final is not None for entry in front] == [False, True, True, True, False]
+
+
+def test_one_unlucky_measurement_rules_nothing_out() -> None:
+    """A drop below the goal whose standard error reaches beyond it."""
+    unlucky = Drop(images=1000, float_right=900, lost=25, won=10)
+    assert unlucky.points <= 2.0
+    assert not unlucky.within(2.0)
+    point, _, _ = smallest_within(2.0, points(5), lambda _: unlucky, lambda point: (point, lost(0)))
+    assert point.bundle_bytes == 0
 
 
 def test_only_answers_that_differ_are_uncertain() -> None:
