@@ -57,6 +57,10 @@ class Drop:
         """Whether the drop, and one standard error more, is at most so many points: other images then meet it too."""
         return self.points + self.standard_error <= points
 
+    def beyond(self, points: float) -> bool:
+        """Whether the drop, less one standard error, is more than so many points."""
+        return self.points - self.standard_error > points
+
 
 class Judge:
     """Measures networks on images that float has seen once.

@@ -21,9 +21,11 @@ def smallest_within(
 ) -> tuple[Point, Network, tuple[Point, ...]]:
     """Return the smallest point whose recipe, run anew, loses little enough.
 
-    Points are bisected by the drop that ``measure`` finds, for accuracy falls with size up to noise. Here the drop alone
-    counts: with its standard error, one unlucky measurement would rule out all that is smaller. The point that this finds
-    is run anew, and after it the next larger ones until one is enough, standard error included.
+    Points are bisected by what ``measure`` finds, for accuracy falls with size up to noise. Here a point is out only if
+    it loses too much even with the standard error in its favour: weights of the search lose more than those of a recipe
+    that is run anew, where later layers make up for earlier ones, and an unlucky measurement would rule out all that is
+    smaller. The point that this finds is run anew, and after it the next larger ones until one is enough, with the
+    standard error against it.
 
     Args:
         max_drop: points of top-1, one standard error included where a recipe was run anew.
@@ -43,7 +45,7 @@ def smallest_within(
         middle = (low + high) // 2
         drop = measure(front[middle])
         measured[middle] = dataclasses.replace(front[middle], drop=drop)
-        low, high = (low, middle) if drop.points <= max_drop else (middle, high)
+        low, high = (low, middle) if not drop.beyond(max_drop) else (middle, high)
     # The last one is run anew in any case: its weights make up for more than those of the search.
     final: Drop | None = None
     for index in range(min(high, len(front) - 1), len(front)):
