@@ -100,7 +100,7 @@ def main(
         "int8_ms": 1e3 * statistics.median(right),
         "float_over_int8": statistics.median(a / b for a, b in zip(left, right, strict=True)),
     }
-    print("\n".join(f"{key}: {value}" for key, value in result.items()))
+    click.echo("\n".join(f"{key}: {value}" for key, value in result.items()))
     if json_path is not None:
         json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -6,14 +6,17 @@ has to be downloaded. The seed is fixed, hence each process that builds a networ
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 SEED = 0
+EMBEDDED = Path(__file__).resolve().parents[2] / "examples" / "fashion_mnist_vit" / "config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,23 +44,8 @@ NETWORKS: dict[str, Network] = {
     "vit-b": Network("ViT-B/16", "vit_base_patch16_224"),
     "dinov2-s": Network("DINOv2-S/14", "vit_small_patch14_dinov2", {"img_size": 224, "num_classes": 0}),
     "swin-t": Network("Swin-T", "swin_tiny_patch4_window7_224"),
-    # As examples/fashion_mnist_vit, which the export presets are compared on.
-    "fashion": Network(
-        "embedded ViT",
-        "plain",
-        {
-            "img_size": 28,
-            "patch_size": 4,
-            "in_chans": 1,
-            "num_classes": 10,
-            "embed_dim": 96,
-            "depth": 4,
-            "num_heads": 3,
-            "mlp_ratio": 4.0,
-        },
-        image_size=28,
-        channels=1,
-    ),
+    # Which the export presets are compared on.
+    "fashion": Network("embedded ViT", "plain", json.loads(EMBEDDED.read_text())["model_args"], 28, 1),
     # Not worth comparing: it shows within seconds whether every engine loads and answers.
     "tiny": Network(
         "tiny ViT",

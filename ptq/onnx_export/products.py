@@ -5,7 +5,7 @@ ONNX Runtime replaces a product and its DequantizeLinear neighbours by one integ
 - the pairs touch the product, so every view of an operand stands before its QuantizeLinear;
 - the bias is int32 and is part of the Gemm: behind a MatMul on three axes of unknown batch it is added in float;
 - no QuantizeLinear has several readers: an int8 pair is shifted to uint8, the type of the kernels, only where
-  it has one. Equal nodes are merged before that, so each linear has a view of its input of its own;
+  it has one. Equal nodes are merged before that, so each QuantizeLinear has a scale and a zero point of its own;
 - each operand of a product of two activations has one scale. ONNX Runtime makes one integer kernel of a product of
   operands with an axis of scales, which it then cannot run. Scales of heads are factors of the product, so they are
   divided out before a QuantizeLinear of scale 1 and multiplied in after the product: the same codes, on integers;

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
-from onnx import NodeProto, numpy_helper
+from onnx import NodeProto, TensorProto, numpy_helper
 
 from ptq.onnx_export.builder import NodeBuilder
 
@@ -42,7 +41,7 @@ class _Rewriting:
         self._numbers = {
             entry.name: tuple(numpy_helper.to_array(entry).tolist())
             for entry in builder.initializers
-            if entry.data_type == _INT64
+            if entry.data_type == TensorProto.INT64
         }
         #: Of a tensor with a batch axis, the same values as rows; of rows that were made again, the first ones.
         self._rows: dict[str, str] = {}
@@ -101,6 +100,3 @@ class _Rewriting:
         self._builder.nodes.append(node)
         self._builder.node("Reshape", (rows, self._builder.integers((-1, *shape))), result, node.doc_string)
         self._rows[result], self._extents[rows], self._extents[result] = rows, (shape[-1],), shape
-
-
-_INT64 = numpy_helper.from_array(np.zeros(1, np.int64)).data_type

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from calibration.graph import Operation
 from ptq.onnx_export.builder import NodeBuilder
@@ -27,16 +26,13 @@ class ViewWriter:
                 return self.reshape(source, operation.integers("shape"), output, operation.module)
             case "permute":
                 perm = (0, *(axis + 1 for axis in operation.integers("axes")))
-                return self._node("Transpose", (source,), output, operation.module, perm=perm)
+                return self._builder.node("Transpose", (source,), output, operation.module, perm=perm)
         start, stop, axis, step = (operation.integer(key) for key in ("start", "stop", "axis", "step"))
         numbers = tuple(self._builder.integers((number,)) for number in (start, stop, axis + 1, step))
-        return self._node("Slice", (source, *numbers), output, operation.module)
+        return self._builder.node("Slice", (source, *numbers), output, operation.module)
 
     def reshape(self, source: str, extents: Sequence[int], output: str, module: str) -> str:
         """Append a Reshape to the given extents behind a first axis of what is left: the batch, or all rows of it."""
         source = self._whole.get(source, source)
         self._whole[output] = source
-        return self._node("Reshape", (source, self._builder.integers((-1, *extents))), output, module)
-
-    def _node(self, kind: str, inputs: tuple[str, ...], output: str, module: str, **attributes: Any) -> str:
-        return self._builder.node(kind, inputs, output, module, **attributes)
+        return self._builder.node("Reshape", (source, self._builder.integers((-1, *extents))), output, module)

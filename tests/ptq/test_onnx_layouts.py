@@ -227,7 +227,7 @@ def test_the_stream_stays_on_rows_between_linears(tmp_path: Path) -> None:
         kind: count for kind, count in counts["portable"].items() if kind != "Reshape"
     }
     # Around GELU, around the norms, and behind proj and fc2; the sum that the stream begins with still has its batch.
-    assert counts["portable"]["Reshape"] - counts["onnxruntime"]["Reshape"] >= 2 * 4
+    assert counts["portable"]["Reshape"] - counts["onnxruntime"]["Reshape"] == 9
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -264,14 +264,14 @@ def test_openvino_runs_every_product_on_integers(name: str, chosen: str, tmp_pat
     export(source, tmp_path, "openvino")
     path = tmp_path / "openvino.onnx"
     assert check_deployment(path, "openvino", calls=1).integer_share == 1.0
-    x = images(name, 3, seed=3)
+    x = images(name, 24, seed=3)
     found, real = run_openvino(path, x), execute(source.float_graph(), (x,))[0].detach().numpy()
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(str(path), options)
     meant = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
     # As two runtimes of one file differ: values on the edge of two codes go to either.
-    assert np.linalg.norm(found - meant) <= np.linalg.norm(meant - real)
+    assert np.linalg.norm(found - meant) <= 0.5 * np.linalg.norm(meant - real)
 
 
 @pytest.mark.skipif(not HAS_OPENVINO, reason="OpenVINO is not installed")
