@@ -11,7 +11,6 @@ from torch import Tensor
 from calibration.graph import EXECUTORS, Graph, Operation
 from calibration.reparam.centring import centre_keys, centre_values, find_key_groups, find_value_groups
 from calibration.reparam.layer_norm_scale import (
-    ChannelFormat,
     NormGroup,
     find_norm_groups,
     fit_channels,
@@ -29,8 +28,8 @@ from calibration.stream import Stream
 from quantizers.spec import QuantSpec
 from quantizers.uniform import fake_quantize
 
-#: Rows of a LayerNorm's input on which channels are fitted, and on which rewrites are compared.
-_ROWS, _COMPARED_ROWS = 2048, 512
+#: Rows of a LayerNorm's input on which channels are fitted, and on which a half of them judges a rewrite.
+_ROWS, _COMPARED_ROWS = 2048, 256
 
 
 class Rewriter:
@@ -70,16 +69,17 @@ class Rewriter:
         """
         group, kind = self._norms[operation.name], self._recipe.layer_norm_scale
         where = operation.module or operation.name
-        rows = self._norm_rows(operation, sample_rows(source, operation, _ROWS), self._graph.constants)
-        fitted = fit_channels(rows.cpu(), input_spec.bits)
-        choices = self._candidates(group, fitted)
+        inputs = sample_rows(source, operation, _ROWS)
+        choices = self._candidates(operation, group, inputs, input_spec)
         if kind != "best":
             return choices[kind], None
-        inputs = sample_rows(source, operation, _COMPARED_ROWS)
-        errors = {
-            name: self._joint_error(operation, group, inputs, made, input_spec, weight_spec)
-            for name, made in choices.items()
-        }
+        # Each half of the images judges what was fitted on the other: of two tokens per channel any scale fits well
+        # those it was made from.
+        errors = dict.fromkeys(choices, 0.0)
+        halves = inputs.tensor_split(2) if len(inputs) > 1 else (inputs, inputs)
+        for fitted, unseen in (halves, halves[::-1]):
+            for name, made in self._candidates(operation, group, fitted, input_spec).items():
+                errors[name] += self._joint_error(operation, group, fitted, unseen, made, input_spec, weight_spec)
         best = min(errors, key=lambda name: errors[name])
         share = errors[best] / max(errors["none"], 1e-30)
         return choices[best], f"{where}: channel scales {best}, error {share:.2f} of none"
@@ -106,7 +106,12 @@ class Rewriter:
             made.update(centre_values(graph, values, middle))
         return made
 
-    def _candidates(self, group: NormGroup, fitted: ChannelFormat) -> dict[str, dict[str, Tensor]]:
+    def _candidates(
+        self, operation: Operation, group: NormGroup, inputs: Tensor, input_spec: QuantSpec
+    ) -> dict[str, dict[str, Tensor]]:
+        """Return new constants by rewrite, fitted on some inputs (R, K) of the LayerNorm."""
+        rows = self._norm_rows(operation, inputs, self._graph.constants)
+        fitted = fit_channels(rows.cpu(), input_spec.bits)
         made: dict[str, dict[str, Tensor]] = {
             "none": {},
             "mean": rescale_norm(self._graph, group, fitted, mean_target(fitted)),
@@ -127,15 +132,26 @@ class Rewriter:
         self,
         operation: Operation,
         group: NormGroup,
-        inputs: Tensor,
+        fitted: Tensor,
+        unseen: Tensor,
         made: Mapping[str, Tensor],
         input_spec: QuantSpec,
         weight_spec: QuantSpec,
     ) -> float:
-        """Return the squared error at the linears' outputs, input and weights quantized, for some constants."""
+        """Return the squared error at the linears' outputs, input and weights quantized, for some constants.
+
+        The format of the input is searched on ``fitted`` inputs (R, K) of the LayerNorm; the error is that of
+        ``unseen`` ones.
+        """
         constants = {**self._graph.constants, **made}
-        rows = self._norm_rows(operation, inputs, constants)
-        weight = torch.cat([constants[self._producers[name].inputs[1]] for name in group.linears]).to(rows.device)
-        qparams = search_operand(update(empty(), rows), input_spec, output_error(rows, weight), ("uniform",))
+        weight = torch.cat([constants[self._producers[name].inputs[1]] for name in group.linears]).to(fitted.device)
+        rows = self._norm_rows(operation, fitted, constants)
+        searched = output_error(_spread(rows), weight)
+        qparams = search_operand(update(empty(), rows), input_spec, searched, ("uniform",))
+        rows = self._norm_rows(operation, _spread(unseen), constants)
         quantized = fake_quantize(weight, search_weight(weight, weight_spec))
         return float((apply_operand(rows, qparams) @ quantized.T - rows @ weight.T).square().mean())
+
+
+def _spread(rows: Tensor) -> Tensor:
+    return rows[:: max(1, len(rows) // _COMPARED_ROWS)]
