@@ -23,6 +23,7 @@ from torch import Tensor
 from calibration.cache import DEFAULT_MEMORY_LIMIT, ActivationCache
 from calibration.calibrated import Calibrated, CalibratedSite
 from calibration.decisions import Decider
+from calibration.device import default_device
 from calibration.graph import Graph, check_shapes
 from calibration.progress import ProgressStore
 from calibration.rules import Recipe, assign_specs
@@ -81,7 +82,7 @@ def calibrate(
     sites = find_sites(graph)
     specs = assign_specs(sites, recipe)
     _require_finite_constants(graph)
-    device = settings.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = settings.device or default_device()
     with ActivationCache(settings.memory_limit, settings.scratch) as cache, torch.no_grad():
         decider = Decider(graph, sites, specs, recipe, cache, device)
         digests: list[str] = []
@@ -127,7 +128,7 @@ def _require_finite_constants(graph: Graph) -> None:
 def _digest(sample: tuple[Tensor, ...]) -> str:
     digest = hashlib.sha256()
     for tensor in sample:
-        digest.update(np.ascontiguousarray(tensor.numpy()).tobytes())
+        digest.update(np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
     return digest.hexdigest()
 
 

@@ -167,7 +167,7 @@ def execute(
 
     Args:
         graph: the graph.
-        inputs: float32 tensors ``(batch, *shape)``.
+        inputs: float32 tensors ``(batch, *shape)`` on one device; constants are taken there.
         on_edge: sees, and may replace, every operand just before it is read.
         executors: by operator, called instead of those of :data:`EXECUTORS`.
 
@@ -179,7 +179,8 @@ def execute(
     """
     check_shapes(graph, inputs)
     table = EXECUTORS if executors is None else {**EXECUTORS, **executors}
-    values: dict[str, Tensor] = {name: tensor[None] for name, tensor in graph.constants.items()}
+    device = inputs[0].device
+    values: dict[str, Tensor] = {name: tensor[None].to(device) for name, tensor in graph.constants.items()}
     values.update({name: tensor for (name, _), tensor in zip(graph.inputs, inputs, strict=True)})
     last_use = {name: operation.name for operation in graph.operations for name in operation.inputs}
     kept = {value for _, value in graph.outputs}

@@ -83,10 +83,11 @@ def published_executors(graph: Graph, formats: Mapping[Edge, QParams]) -> Mappin
 
     def layer_norm(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         source = source_of(operation)
-        gamma, beta = (tensor[0].numpy().astype(np.float64) for tensor in (weight, bias))
+        gamma, beta = (tensor[0].cpu().numpy().astype(np.float64) for tensor in (weight, bias))
         made = i_layer_norm_constants(gamma, beta, operation.module or operation.name)
         codes = normalize(_codes(x, source) + source.zero_point, ivit.PAPER_START, ivit.NEWTON_ITERATIONS)
-        values = (codes + torch.from_numpy(made.bias)).to(torch.float64) * torch.from_numpy(made.gain)
+        offset, gain = (torch.from_numpy(entry).to(x.device) for entry in (made.bias, made.gain))
+        values = (codes + offset).to(torch.float64) * gain
         return values.to(torch.float32)
 
     def add(operation: Operation, a: Tensor, b: Tensor) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
+import itertools
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -26,7 +28,8 @@ def trace(module: nn.Module, example_inputs: Sequence[Tensor]) -> Graph:
     """Trace a module in eval mode with a dynamic batch size.
 
     Args:
-        module: takes and returns tensors whose first axis is the batch; set to eval mode.
+        module: takes and returns tensors whose first axis is the batch; set to eval mode. Where it lies on another
+            device, a copy is traced on the CPU.
         example_inputs: float32 tensors ``(batch, ...)``; the batch is raised to 2 where it is smaller.
 
     Returns:
@@ -37,13 +40,18 @@ def trace(module: nn.Module, example_inputs: Sequence[Tensor]) -> Graph:
         ModelError: torch.export refuses the module, the batch axis is lost, or the graph disagrees.
         UnsupportedOperatorError: operators outside the normal form, all of them with node names.
     """
-    inputs = tuple(_at_least_two(x) for x in example_inputs)
+    inputs = tuple(_at_least_two(x.cpu()) for x in example_inputs)
     if not inputs:
         raise ModelError("trace needs example inputs, for example (torch.zeros(2, 3, 224, 224),)")
-    module = module.eval()
+    module = _on_cpu(module.eval())
     graph = normalize(_export(module, inputs))
     _check_agreement(module, graph, inputs)
     return graph
+
+
+def _on_cpu(module: nn.Module) -> nn.Module:
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return module if all(tensor.device.type == "cpu" for tensor in tensors) else copy.deepcopy(module).cpu()
 
 
 def _at_least_two(x: Tensor) -> Tensor:

@@ -74,10 +74,10 @@ class Quantized:
         """Simulate: the float graph with every site fake-quantized.
 
         Args:
-            inputs: float32 (batch, channels, height, width), preprocessed.
+            inputs: float32 (batch, channels, height, width), preprocessed, on any device; it runs there.
 
         Returns:
-            float32 (batch, ...); a tuple where the model has several outputs.
+            float32 (batch, ...) on that device; a tuple where the model has several outputs.
 
         Raises:
             DataError: inputs of another shape or dtype.

@@ -17,6 +17,7 @@ from calibration.apply import apply
 from calibration.cache import ActivationCache
 from calibration.calibrated import Calibrated, CalibratedSite, QParams
 from calibration.choices import Chooser
+from calibration.device import default_device
 from calibration.graph import Graph, Operation
 from calibration.heads import head_counts
 from calibration.layer_weights import LayerWeights, round_bias
@@ -126,7 +127,7 @@ class ChangeMaker:
         wanted: dict[str, list[Change]] = {}
         for change in changes:
             wanted.setdefault(self._sites[change.site].edges[0][0], []).append(change)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = default_device()
         with ActivationCache(self._memory_limit) as cache, torch.no_grad():
             float_graph = self._calibrated.rewritten_graph()
             reference = Stream(float_graph, "float", cache, device)
