@@ -21,13 +21,11 @@ missing, or that other code made.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -39,6 +37,7 @@ import numpy.typing as npt
 import torch
 from accuracy_table import BITS, METHODS, NETWORKS, Row, summary, table
 from dinov2_checkpoint import load_dinov2, normalize
+from fashion_mnist_data import MODEL, preprocessed, read_split
 from torch import Tensor
 from torch.nn import functional
 
@@ -48,7 +47,6 @@ from ptq.nearest_neighbours import nearest_neighbours
 from ptq.sources import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
-FASHION = ROOT / "examples" / "fashion_mnist_vit"
 BANK, PROTOCOL_QUERIES, CALIBRATION = 2000, 1000, 32
 #: Images on which compiled program and interpreter are compared.
 COMPARED = 4
@@ -62,14 +60,6 @@ def code_digest() -> str:
         for path in sorted((ROOT / package).rglob("*.py")):
             digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def read_idx(path: Path) -> npt.NDArray[np.uint8]:
-    """Read an array of the idx format."""
-    data = gzip.decompress(path.read_bytes())
-    rank = data[3]
-    shape = np.frombuffer(data, ">i4", rank, 4)
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)
 
 
 def upscaled(images: npt.NDArray[np.uint8]) -> Tensor:
@@ -107,9 +97,8 @@ def dinov2_row(
 ) -> Row:
     """Measure one row on DINOv2, with ``count`` queries of which ``simulate`` are simulated."""
     model = load_dinov2(wheel, 112)
-    train, train_labels = (read_idx(data / f"train-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
-    test, test_labels = (read_idx(data / f"t10k-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
-    labels, bank_labels = (torch.from_numpy(a.astype(np.int64)) for a in (test_labels, train_labels[:BANK]))
+    (train, train_labels), (test, test_labels) = read_split(data, "train"), read_split(data, "t10k")
+    labels, bank_labels = torch.from_numpy(test_labels), torch.from_numpy(train_labels[:BANK])
     chosen = BANK + np.random.default_rng(seed).choice(len(train) - BANK, CALIBRATION, replace=False)
     quantized, compiled, seconds, peak = _quantize(model, upscaled(train[np.sort(chosen)]), method, bits, threads)
     bank, expected = _float_features(model, wheel, train, test[:count])
@@ -152,14 +141,11 @@ def _float_features(
 
 def fashion_row(data: Path, method: str, bits: str, seed: int, simulate: int, threads: int) -> Row:
     """Measure one row on the embedded ViT; ``simulate`` images are simulated."""
-    loaded = load_model(str(FASHION))
-    pixels, classes = (read_idx(data / f"t10k-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
-    labels = torch.from_numpy(classes.astype(np.int64))
-    with tempfile.TemporaryDirectory() as folder:
-        np.savez(Path(folder) / "test.npz", images=pixels, labels=classes)
-        test = open_data(str(Path(folder) / "test.npz"), loaded.preprocessing)
-        batches = [batch for batch, _ in test.batches(250)]
-    calibration = open_data(str(FASHION / "calibration.npz"), loaded.preprocessing, limit=CALIBRATION, seed=seed)
+    loaded = load_model(str(MODEL))
+    pixels, classes = read_split(data, "t10k")
+    labels = torch.from_numpy(classes)
+    batches = preprocessed(pixels, loaded.preprocessing).split(250)
+    calibration = open_data(str(MODEL / "calibration.npz"), loaded.preprocessing, limit=CALIBRATION, seed=seed)
     images = torch.cat([batch for batch, _ in calibration.batches(CALIBRATION)])
     quantized, compiled, seconds, peak = _quantize(loaded.module, images, method, bits, threads)
     logits = run_batches(compiled, batches)

@@ -10,7 +10,6 @@ every bit. Exits with 1 if these do not.
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
 import json
 import sys
@@ -22,28 +21,18 @@ import click
 import numpy as np
 import onnxruntime
 import torch
+from fashion_mnist_data import MODEL, preprocessed, read_split
 from torch import Tensor
 
 import ptq
 from ptq.compiled import compile_program
 from ptq.data import open_data
 from ptq.onnx_export.layout import LAYOUTS
+from ptq.recipes import DEFAULT_METHOD
 from ptq.sources import load_model
 
-ROOT = Path(__file__).resolve().parent.parent
-MODEL = ROOT / "examples" / "fashion_mnist_vit"
 BATCH_SIZES = (1, 7, 64)
 THREADS = (1, 2)
-
-
-def read_test_set(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read uint8 images (10000, 28, 28) and int64 labels (10000,) from the ``t10k`` files."""
-    images = gzip.decompress((folder / "t10k-images-idx3-ubyte.gz").read_bytes())
-    labels = gzip.decompress((folder / "t10k-labels-idx1-ubyte.gz").read_bytes())
-    return (
-        np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28),
-        np.frombuffer(labels, np.uint8, offset=8).astype(np.int64),
-    )
 
 
 def in_batches(run: object, images: Tensor, batch_size: int) -> Tensor:
@@ -69,19 +58,16 @@ def run_openvino(path: Path) -> Callable[[Tensor], Tensor]:
 
 @click.command()
 @click.option("--data", type=click.Path(exists=True, path_type=Path), required=True, help="Folder of *-ubyte.gz files.")
-@click.option("--method", default="mse", show_default=True)
+@click.option("--method", default=DEFAULT_METHOD, show_default=True)
 @click.option("--bits", default="w8a8", show_default=True)
 @click.option("--limit", default=10_000, show_default=True, help="Use the first images only.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the results here too.")
 def main(data: Path, method: str, bits: str, limit: int, json_path: Path | None) -> None:
     """Measure and print."""
     loaded = load_model(str(MODEL))
-    raw, labels = read_test_set(data)
+    pixels, labels = read_split(data, "t10k")
+    images, target = preprocessed(pixels[:limit], loaded.preprocessing), torch.from_numpy(labels[:limit])
     with tempfile.TemporaryDirectory() as folder:
-        np.savez(Path(folder) / "test.npz", images=raw[:limit], labels=labels[:limit])
-        test = open_data(str(Path(folder) / "test.npz"), loaded.preprocessing)
-        images = torch.cat([batch for batch, _ in test.batches(500)])
-        target = torch.from_numpy(labels[:limit])
         calibration = open_data(str(MODEL / "calibration.npz"), loaded.preprocessing)
         quantized = ptq.quantize(
             loaded.module, (batch for batch, _ in calibration.batches(64)), method=method, bits=bits

@@ -14,15 +14,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import click
-import numpy as np
 import torch
 from dinov2_checkpoint import load_dinov2, photographs
-from fashion_mnist import MODEL, in_batches, read_test_set
+from fashion_mnist import in_batches
+from fashion_mnist_data import MODEL, preprocessed, read_split
 from torch import Tensor
 
 import ptq
@@ -62,12 +61,8 @@ def shares(quantized: ptq.Quantized, images: Tensor, batch_size: int) -> dict[st
 def fashion_mnist(data: Path, limit: int, batch_size: int = 100) -> Tables:
     """Measure top-1 and agreement with float, percent; a row for each form, and one for each published operator."""
     loaded = load_model(str(MODEL))
-    raw, labels = read_test_set(data)
-    with tempfile.TemporaryDirectory() as folder:
-        np.savez(Path(folder) / "test.npz", images=raw[:limit], labels=labels[:limit])
-        test = open_data(str(Path(folder) / "test.npz"), loaded.preprocessing)
-        images = torch.cat([batch for batch, _ in test.batches(500)])
-    target = torch.from_numpy(labels[:limit])
+    pixels, labels = read_split(data, "t10k")
+    images, target = preprocessed(pixels[:limit], loaded.preprocessing), torch.from_numpy(labels[:limit])
     calibration = open_data(str(MODEL / "calibration.npz"), loaded.preprocessing)
     samples = torch.cat([batch for batch, _ in calibration.batches(64)])
 

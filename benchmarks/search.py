@@ -19,14 +19,16 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import click
 import numpy as np
 import numpy.typing as npt
 import torch
-from accuracy import BANK, CALIBRATION, FASHION, read_idx, upscaled
+from accuracy import BANK, CALIBRATION, upscaled
 from dinov2_checkpoint import load_dinov2
+from fashion_mnist_data import MODEL, preprocessed, read_split
 from torch import Tensor
 
 import ptq
@@ -70,20 +72,12 @@ class Network:
     bank: Batches | None
 
 
-def read_set(data: Path, name: str) -> tuple[Pixels, npt.NDArray[np.uint8]]:
-    """Return the images and labels of ``train`` or ``t10k``."""
-    return read_idx(data / f"{name}-images-idx3-ubyte.gz"), read_idx(data / f"{name}-labels-idx1-ubyte.gz")
-
-
 def open_fashion(data: Path, seed: int) -> Network:
     """Open the embedded ViT."""
-    loaded = load_model(str(FASHION))
-    calibration = open_data(str(FASHION / "calibration.npz"), loaded.preprocessing, limit=CALIBRATION, seed=seed)
-
-    def prepare(pixels: Pixels) -> Tensor:
-        return torch.stack([loaded.preprocessing.apply(image[:, :, None]) for image in pixels])
-
-    (train, train_labels), (test, test_labels) = read_set(data, "train"), read_set(data, "t10k")
+    loaded = load_model(str(MODEL))
+    calibration = open_data(str(MODEL / "calibration.npz"), loaded.preprocessing, limit=CALIBRATION, seed=seed)
+    prepare = partial(preprocessed, preprocessing=loaded.preprocessing)
+    (train, train_labels), (test, test_labels) = read_split(data, "train"), read_split(data, "t10k")
     return Network(
         loaded.module,
         torch.stack(list(calibration)),
@@ -95,7 +89,7 @@ def open_fashion(data: Path, seed: int) -> Network:
 
 def open_dinov2(wheel: Path, data: Path, seed: int) -> Network:
     """Open DINOv2."""
-    (train, train_labels), (test, test_labels) = read_set(data, "train"), read_set(data, "t10k")
+    (train, train_labels), (test, test_labels) = read_split(data, "train"), read_split(data, "t10k")
     last = BANK + MEASURED
     chosen = last + np.random.default_rng(seed).choice(len(train) - last, CALIBRATION, replace=False)
     return Network(

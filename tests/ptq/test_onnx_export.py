@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -39,14 +39,6 @@ from quantizers.uniform import fake_quantize, quantize
 
 METADATA = {"recipe": "w8a8", "calibration_fingerprint": "00ff", "tool_version": "1.2"}
 PRODUCTS = frozenset({"linear", "conv2d", "matmul"})
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def session(path: Path, optimized: Path | None = None, *, optimize: bool = True) -> onnxruntime.InferenceSession:
