@@ -99,9 +99,9 @@ def dinov2_row(
     model = load_dinov2(wheel, 112)
     (train, train_labels), (test, test_labels) = read_split(data, "train"), read_split(data, "t10k")
     labels, bank_labels = torch.from_numpy(test_labels), torch.from_numpy(train_labels[:BANK])
-    chosen = BANK + np.random.default_rng(seed).choice(len(train) - BANK, CALIBRATION, replace=False)
-    quantized, compiled, seconds, peak = _quantize(model, upscaled(train[np.sort(chosen)]), method, bits, threads)
-    bank, expected = _float_features(model, wheel, train, test[:count])
+    images = calibration_images(train, seed)
+    quantized, compiled, seconds, peak = _quantize(model, images, method, bits, threads)
+    bank, expected = float_features(model, wheel, train, test[:count])
     queries = [upscaled(test[start : start + 50]) for start in range(0, count, 50)]
     features = run_batches(compiled, queries)
     simulated = run_batches(quantized, queries[: simulate // 50]) if simulate else None
@@ -123,7 +123,13 @@ def dinov2_row(
     )
 
 
-def _float_features(
+def calibration_images(train: npt.NDArray[np.uint8], seed: int, first: int = BANK) -> Tensor:
+    """Return the 32 images that a seed chooses among the training images from ``first`` on, ready for DINOv2."""
+    chosen = first + np.random.default_rng(seed).choice(len(train) - first, CALIBRATION, replace=False)
+    return upscaled(train[np.sort(chosen)])
+
+
+def float_features(
     model: torch.nn.Module, wheel: Path, train: npt.NDArray[np.uint8], test: npt.NDArray[np.uint8]
 ) -> tuple[Tensor, Tensor]:
     """Return float features of bank and queries, from a file beside the wheel where an earlier row left them."""

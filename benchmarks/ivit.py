@@ -4,9 +4,9 @@
 
 Same weights, images, ranges (min-max, w8a8) and 16-bit residual stream in every row; only the integer forms of softmax,
 GELU, LayerNorm and residual sums differ. Prints top-1 of the embedded network on the test images of Fashion-MNIST and
-the cosine similarity of DINOv2's class-token feature with float, for the simulation and for the integers, and whether
-TVM equals the interpreter in every bit; then the simulation with one published operator at a time. Exits with 1 if TVM
-differs.
+the cosine similarity of DINOv2's class-token feature with float on photographs, for the simulation and for the
+integers, and whether TVM equals the interpreter in every bit; then the simulation with one published operator at a
+time; and DINOv2's top-1 by nearest neighbours in the protocol of ``accuracy.py``. Exits with 1 if TVM differs.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import click
 import torch
+from accuracy import BANK, COMPARED, calibration_images, float_features, run_batches, upscaled
 from dinov2_checkpoint import load_dinov2, photographs
 from fashion_mnist import in_batches
 from fashion_mnist_data import MODEL, preprocessed, read_split
@@ -30,6 +31,7 @@ from calibration.rules import Recipe, Rule
 from calibration.simulate import simulate
 from ptq.compiled import compile_program
 from ptq.data import open_data
+from ptq.nearest_neighbours import nearest_neighbours
 from ptq.recipes import named_recipe
 from ptq.sources import load_model
 from quantizers.spec import QuantSpec
@@ -117,6 +119,30 @@ def dinov2(wheel: Path, size: int, limit: int) -> Tables:
     return {"dinov2": rows, "dinov2_operators": alone}
 
 
+def dinov2_neighbours(wheel: Path, data: Path, limit: int) -> Tables:
+    """Measure top-1 by nearest neighbours and the cosine with float, in integers, as ``accuracy.py`` does with seed 0."""
+    model = load_dinov2(wheel, 112)
+    (train, train_labels), (test, test_labels) = read_split(data, "train"), read_split(data, "t10k")
+    bank, expected = float_features(model, wheel, train, test[:limit])
+    labels, bank_labels = torch.from_numpy(test_labels[:limit]), torch.from_numpy(train_labels[:BANK])
+
+    def top1(features: Tensor) -> float:
+        return 100.0 * float((nearest_neighbours(bank, bank_labels, features) == labels).double().mean())
+
+    rows: list[Row] = []
+    for name, recipe in forms().items():
+        quantized = ptq.quantize(model, calibration_images(train, 0), recipe=recipe)
+        compiled = compile_program(quantized.program, "cpu", 1)
+        features = run_batches(compiled, (upscaled(test[start : start + 50]) for start in range(0, limit, 50)))
+        cosine = torch.cosine_similarity(features, expected, dim=1)
+        row: Row = {"forms": name, "queries": limit, "float_top1": top1(expected), "integer_top1": top1(features)}
+        row |= {"integer_cosine_mean": float(cosine.mean()), "integer_cosine_min": float(cosine.min())}
+        row["tvm_equal"] = torch.equal(quantized.integer(upscaled(test[:COMPARED])), features[:COMPARED])
+        rows.append(row)
+        click.echo(json.dumps(row), err=True)
+    return {"dinov2_neighbours": rows}
+
+
 def print_markdown(rows: list[Row]) -> None:
     """Print rows of equal keys as a table."""
     click.echo("| " + " | ".join(rows[0]) + " |")
@@ -132,14 +158,19 @@ def print_markdown(rows: list[Row]) -> None:
 @click.option("--limit", default=10_000, show_default=True, help="Use the first test images only.")
 @click.option("--size", default=224, show_default=True, help="Height and width of DINOv2's input, pixels.")
 @click.option("--crops", default=36, show_default=True, help="Use this many held-out crops.")
+@click.option("--queries", default=2000, show_default=True, help="Of DINOv2's nearest neighbours.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the results here too.")
-def main(data: Path | None, wheel: Path | None, limit: int, size: int, crops: int, json_path: Path | None) -> None:
+def main(
+    data: Path | None, wheel: Path | None, limit: int, size: int, crops: int, queries: int, json_path: Path | None
+) -> None:
     """Measure and print; a network whose data is not given is left out."""
     results: Tables = {}
     if data is not None:
         results |= fashion_mnist(data, limit)
     if wheel is not None:
         results |= dinov2(wheel, size, crops)
+    if data is not None and wheel is not None:
+        results |= dinov2_neighbours(wheel, data, queries)
     if not results:
         raise click.UsageError("give --data, --wheel or both")
     for name, rows in results.items():

@@ -26,7 +26,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 import torch
-from accuracy import BANK, CALIBRATION, upscaled
+from accuracy import BANK, CALIBRATION, calibration_images, upscaled
 from dinov2_checkpoint import load_dinov2
 from fashion_mnist_data import MODEL, preprocessed, read_split
 from torch import Tensor
@@ -91,10 +91,9 @@ def open_dinov2(wheel: Path, data: Path, seed: int) -> Network:
     """Open DINOv2."""
     (train, train_labels), (test, test_labels) = read_split(data, "train"), read_split(data, "t10k")
     last = BANK + MEASURED
-    chosen = last + np.random.default_rng(seed).choice(len(train) - last, CALIBRATION, replace=False)
     return Network(
         load_dinov2(wheel, 112),
-        upscaled(train[np.sort(chosen)]),
+        calibration_images(train, seed, last),
         Batches(train[BANK:last], train_labels[BANK:last], upscaled),
         Batches(test[:MEASURED], test_labels[:MEASURED], upscaled),
         Batches(train[:BANK], train_labels[:BANK], upscaled),
