@@ -120,7 +120,7 @@ def dinov2(wheel: Path, size: int, limit: int) -> Tables:
 
 
 def dinov2_neighbours(wheel: Path, data: Path, limit: int) -> Tables:
-    """Measure top-1 by nearest neighbours and the cosine with float, in integers, as ``accuracy.py`` does with seed 0."""
+    """Measure top-1 by nearest neighbours and the cosine with float, in integers: seed 0 of ``accuracy.py``."""
     model = load_dinov2(wheel, 112)
     (train, train_labels), (test, test_labels) = read_split(data, "train"), read_split(data, "t10k")
     bank, expected = float_features(model, wheel, train, test[:limit])
