@@ -24,8 +24,7 @@ from ptq.sources import load_model
 MODEL = Path(__file__).resolve().parent / "fashion_mnist_vit"
 BACKENDS = ("float", "simulate", "integer", "tvm", "onnxruntime")
 BATCH_SIZE = 100
-#: The interpreter defines the numbers; nobody waits for it twenty times.
-ROUNDS = 20
+ROUNDS = 10
 
 
 def main() -> None:

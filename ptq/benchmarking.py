@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-_WARM_UPS = 3
+#: Seconds of calls that wake a backend's threads, and of those that count, in each turn.
+_WARM_S, _TIMED_S = 0.01, 0.03
+_STEP_S, _LONGEST_WAIT_S = 0.002, 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +38,48 @@ class Timing:
 def time_backends(
     runs: Mapping[str, Callable[[Tensor], object]], images: Tensor, threads: int, rounds: int
 ) -> list[Timing]:
-    """Time each backend on the same images, one call of each a round."""
+    """Time each backend on the same images, one turn of each a round.
+
+    A turn begins when no thread of this process works any more: the pools of torch, TVM and onnxruntime spin for up to
+    120 ms after the last call, and would take the processors from whoever is timed next. Calls that do not count then
+    wake the backend's own threads, and the median of those that count is the round's time.
+
+    Args:
+        runs: by name, functions of images.
+        images: float32 (batch, channels, height, width).
+        threads: what the backends were told; reported only.
+        rounds: turns of each.
+    """
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
-        for _ in range(_WARM_UPS):
-            run(images)
+        run(images)
     for _ in range(rounds):
         for name, run in runs.items():
-            started = time.perf_counter()
-            run(images)
-            samples[name].append(1000 * (time.perf_counter() - started))
+            _wait_until_idle()
+            _repeat(run, images, _WARM_S)
+            samples[name].append(1000 * float(np.median(_repeat(run, images, _TIMED_S))))
     return [
         Timing(name, len(images), threads, *(float(np.percentile(values, p)) for p in (50, 10, 90)))
         for name, values in samples.items()
     ]
+
+
+def _repeat(run: Callable[[Tensor], object], images: Tensor, seconds: float) -> list[float]:
+    """Call at least once and until some seconds have passed; return what each call took."""
+    times: list[float] = []
+    ends = time.perf_counter() + seconds
+    while not times or time.perf_counter() < ends:
+        started = time.perf_counter()
+        run(images)
+        times.append(time.perf_counter() - started)
+    return times
+
+
+def _wait_until_idle() -> None:
+    """Sleep until the threads of this process have come to rest, a second at the longest."""
+    ends = time.perf_counter() + _LONGEST_WAIT_S
+    while time.perf_counter() < ends:
+        used = time.process_time()
+        time.sleep(_STEP_S)
+        if time.process_time() - used < _STEP_S / 20:
+            return

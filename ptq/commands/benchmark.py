@@ -15,7 +15,7 @@ from ptq.commands.options import BACKENDS, json_option, open_target
 @click.option("--backend", "backends", type=click.Choice(BACKENDS), multiple=True, help="Repeat for several.")
 @click.option("--batch", "batches", type=click.IntRange(1), multiple=True, default=(1,), show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Worker threads; all cores by default.")
-@click.option("--rounds", type=click.IntRange(1), default=20, show_default=True, help="Calls of each backend.")
+@click.option("--rounds", type=click.IntRange(1), default=20, show_default=True, help="Turns of each backend.")
 @json_option
 def benchmark(
     target: str, backends: tuple[str, ...], batches: tuple[int, ...], threads: int | None, rounds: int, as_json: bool
