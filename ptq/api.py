@@ -101,7 +101,7 @@ class Quantized:
         """Compile the integer program through TVM.
 
         Args:
-            target: ``cpu`` for this machine, or a name from :mod:`tvm_backend.targets`.
+            target: ``cpu`` for this machine, ``cuda`` for its GPU, or a name from :mod:`tvm_backend.targets`.
             threads: worker threads; all cores by default.
 
         Returns:

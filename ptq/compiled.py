@@ -19,9 +19,13 @@ _ALIASES = {"cpu": "native"}
 def compile_program(program: IntegerProgram, target: str, threads: int | None) -> Callable[..., Any]:
     """Compile a program for this process; see :meth:`ptq.Quantized.compile`."""
     from tvm_backend.build import build
-    from tvm_backend.runtime import CompiledProgram
+    from tvm_backend.gpu.driver import Driver
+    from tvm_backend.runtime import open_bundle
+    from tvm_backend.targets import CUDA
 
-    return adapt(CompiledProgram(build(program, _ALIASES.get(target, target)), threads=threads))
+    # For this process: machine code of the GPU at hand is enough, and without one there is nothing to compile for.
+    chosen = f"{CUDA}:{Driver().architecture()}" if target == CUDA else _ALIASES.get(target, target)
+    return adapt(open_bundle(build(program, chosen), threads))
 
 
 def load_compiled(directory: Path, threads: int | None) -> Callable[..., Any]:

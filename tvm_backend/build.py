@@ -4,50 +4,72 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from quantizers.integer.program import IntegerProgram, TensorType
 from quantizers.integer.serialize import program_to_bytes
-from tvm_backend.bundle import Bundle
-from tvm_backend.imports import import_tvm
+from tvm_backend.bundle import LIBRARY, Bundle
+from tvm_backend.gpu.nvcc import compile_library, find_compiler
+from tvm_backend.gpu.source import cuda_source
+from tvm_backend.imports import import_tvm, tvm_version
 from tvm_backend.link import linker
-from tvm_backend.lower import lower
-from tvm_backend.targets import NATIVE, get_target
+from tvm_backend.lower import Lowered, lower
+from tvm_backend.targets import NATIVE, CpuTarget, CudaTarget, Target, get_target
 
 
 def build(program: IntegerProgram, target: str = NATIVE) -> Bundle:
-    """Compile a program; needs a C++ compiler to link, or for another architecture than this machine's a linker.
+    """Compile a program.
+
+    Needs a C++ compiler to link, for another architecture than this machine's a linker, for GPUs CUDA's compiler.
 
     Args:
         program: any program that the verifier accepts.
-        target: a name of :data:`tvm_backend.targets.TARGETS`, or ``native`` for the best one on this machine.
+        target: a name that :func:`tvm_backend.targets.get_target` knows.
 
     Raises:
-        TargetError: unknown target, or no linker for its architecture.
+        TargetError: unknown target, or nothing that compiles or links for it.
         ProgramError: the program breaks a rule of the contract.
     """
     chosen = get_target(target)
-    # Found before the minutes that a large program compiles.
-    link = linker(chosen)
+    # What is needed is found before the minutes that a large program compiles.
+    make = _cuda_maker(chosen) if isinstance(chosen, CudaTarget) else _cpu_maker(chosen)
     lowered = lower(program, chosen)
-    tvm = import_tvm()
-    llvm = chosen.to_tvm()
-    with llvm, tvm.transform.PassContext(opt_level=3):
-        executable = tvm.compile(lowered.module, target=llvm)
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "model.so"
-        executable.export_library(str(path), fcompile=link)
-        library = path.read_bytes()
+    return bundle_of(program, chosen, lowered, make(lowered))
+
+
+def bundle_of(program: IntegerProgram, target: Target, lowered: Lowered, library: bytes) -> Bundle:
+    """Return what is known of a program together with its compiled code."""
     kinds = program.types()
     return Bundle(
-        target=chosen.name,
-        arch=chosen.arch,
-        cpu_features=chosen.features,
+        target=target.name,
+        arch=target.arch,
+        cpu_features=target.features,
         program_sha256=hashlib.sha256(b"".join(program_to_bytes(program))).hexdigest(),
         inputs=program.inputs,
         outputs=tuple((name, TensorType(kinds[value].dtype, kinds[value].shape)) for name, value in program.outputs),
-        tvm_version=str(tvm.__version__),
+        tvm_version=tvm_version(),
         schedule=lowered.schedule,
         library=library,
         constants=lowered.constants,
     )
+
+
+def _cpu_maker(target: CpuTarget) -> Callable[[Lowered], bytes]:
+    link = linker(target)
+
+    def make(lowered: Lowered) -> bytes:
+        tvm, llvm = import_tvm(), target.to_tvm()
+        with llvm, tvm.transform.PassContext(opt_level=3):
+            executable = tvm.compile(lowered.module, target=llvm)
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / LIBRARY
+            executable.export_library(str(path), fcompile=link)
+            return path.read_bytes()
+
+    return make
+
+
+def _cuda_maker(target: CudaTarget) -> Callable[[Lowered], bytes]:
+    compiler = find_compiler()
+    return lambda lowered: compile_library(cuda_source(lowered, target), target, compiler)

@@ -18,7 +18,7 @@ from tvm_backend.kernels.cpu.dot import DOTS
 from tvm_backend.kernels.kernel import Argument, Array, Layout
 from tvm_backend.plan import Plan, Step, plan
 from tvm_backend.schedule import ARENA, CONSTANT, INPUT, Call, Lifetime, Schedule
-from tvm_backend.targets import CpuTarget
+from tvm_backend.targets import CpuTarget, Target
 from tvm_backend.unsigned import unsigned_activations
 
 
@@ -37,7 +37,7 @@ class Lowered:
     constants: tuple[Array, ...] = field(repr=False)
 
 
-def lower(program: IntegerProgram, target: CpuTarget) -> Lowered:
+def lower(program: IntegerProgram, target: Target) -> Lowered:
     """Write a program as functions and calls.
 
     Args:
@@ -48,7 +48,7 @@ def lower(program: IntegerProgram, target: CpuTarget) -> Lowered:
         ProgramError: the program breaks a rule of the contract.
     """
     bounds = verify(program)
-    if DOTS[target.dot].left == "uint8":
+    if isinstance(target, CpuTarget) and DOTS[target.dot].left == "uint8":
         program = unsigned_activations(program)
         bounds = verify(program)
     return _Writer(program, plan(program, target, bounds)).run()

@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 
 from quantizers.integer.bounds import Interval
 from quantizers.integer.program import IntegerProgram, Node, TensorType
-from tvm_backend.kernels.cpu.attention import emit_attention
-from tvm_backend.kernels.cpu.emitters import EMITTERS
-from tvm_backend.kernels.cpu.linear import emit_linear
-from tvm_backend.kernels.cpu.views import emit_views
 from tvm_backend.kernels.kernel import Argument, Kernel, Operand
+from tvm_backend.kernels.sets import kernel_set
+from tvm_backend.kernels.shared.function import vocabulary
+from tvm_backend.kernels.shared.views import emit_views
 from tvm_backend.patterns import FusedAttention, FusedLinear, Patterns
 from tvm_backend.strides import VIEWS
-from tvm_backend.targets import CpuTarget
+from tvm_backend.targets import Target
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Plan:
     sources: Mapping[str, str] = field(repr=False)
 
 
-def plan(program: IntegerProgram, target: CpuTarget, bounds: Mapping[str, Interval]) -> Plan:
+def plan(program: IntegerProgram, target: Target, bounds: Mapping[str, Interval]) -> Plan:
     """Choose the kernels of a verified program.
 
     Args:
@@ -64,12 +63,14 @@ def plan(program: IntegerProgram, target: CpuTarget, bounds: Mapping[str, Interv
         target: decides how kernels are written.
         bounds: of every value, as the verifier returned them.
     """
-    return _Planner(program, target, bounds).run()
+    with vocabulary(kernel_set(target).words):
+        return _Planner(program, target, bounds).run()
 
 
 class _Planner:
-    def __init__(self, program: IntegerProgram, target: CpuTarget, bounds: Mapping[str, Interval]) -> None:
+    def __init__(self, program: IntegerProgram, target: Target, bounds: Mapping[str, Interval]) -> None:
         self._program, self._target = program, target
+        self._kernels = kernel_set(target)
         self._values = {name: Operand(kind) for name, kind in program.inputs}
         for name, array in program.constants.items():
             kind = TensorType(array.dtype.name, tuple(array.shape))
@@ -77,7 +78,10 @@ class _Planner:
         self._sources = {name: name for name in self._values}
         self._chains: dict[str, tuple[str, tuple[Node, ...]]] = {}
         self._steps: list[Step] = []
-        self._groups = Patterns(program, bounds).find()
+        groups = Patterns(program, bounds).find()
+        if self._kernels.attention is None:
+            groups = {name: group for name, group in groups.items() if isinstance(group, FusedLinear)}
+        self._groups = groups
 
     def run(self) -> Plan:
         inside = {
@@ -97,7 +101,7 @@ class _Planner:
                 base, chain = self._chains.get(node.inputs[0], (node.inputs[0], ()))
                 self._chains[node.name] = (base, (*chain, node))
             else:
-                kernel = EMITTERS[node.op](node, operands, self._target)
+                kernel = self._kernels.emitters[node.op](node, operands, self._target)
                 self._add(node.name, node.op, _macs(node, operands), kernel, node.inputs)
         for _, value in self._program.outputs:
             self._materialize(value)
@@ -106,13 +110,14 @@ class _Planner:
     def _linear(self, group: FusedLinear) -> None:
         inputs = group.linear.inputs if group.addend is None else (*group.linear.inputs, group.addend)
         operands = tuple(self._values[name] for name in inputs)
-        kernel = emit_linear(group.linear, operands, self._target, group.epilogue)
+        kernel = self._kernels.linear(group.linear, operands, self._target, group.epilogue)
         macs = _macs(group.linear, operands)
         self._add(group.last.name, "+".join(node.op for node in group.members), macs, kernel, inputs)
 
     def _attention(self, group: FusedAttention) -> None:
         operands = tuple(self._values[name] for name in group.operands)
-        kernel = emit_attention(group.rule, operands, self._target)
+        assert self._kernels.attention is not None
+        kernel = self._kernels.attention(group.rule, operands, self._target)
         macs = sum(
             _macs(node, [self._values[name] for name in node.inputs]) for node in group.members if node.op == "matmul"
         )

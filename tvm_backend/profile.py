@@ -16,13 +16,13 @@ import numpy.typing as npt
 from quantizers.errors import UsageError
 from quantizers.integer.program import Node, TensorType
 from tvm_backend.imports import import_runtime, import_tvm
-from tvm_backend.kernels.cpu.arithmetic import literal
 from tvm_backend.kernels.cpu.dot import DOTS, Tile
-from tvm_backend.kernels.cpu.function import Function, script
 from tvm_backend.kernels.kernel import Layout
+from tvm_backend.kernels.shared.arithmetic import literal
+from tvm_backend.kernels.shared.function import Function, script
 from tvm_backend.memory import aligned
 from tvm_backend.runtime import CompiledProgram
-from tvm_backend.targets import NATIVE, CpuTarget, get_target
+from tvm_backend.targets import NATIVE, CpuTarget, get_cpu_target
 from tvm_backend.threads import check_threads, set_threads
 
 #: Groups of the reduction in the kernel that measures the peak: both operands stay in the first cache.
@@ -117,7 +117,7 @@ def int8_peak(target: str = NATIVE, threads: int | None = None, rounds: int = 30
         TargetError: unknown target, or this machine cannot run it.
         UsageError: the number of threads is out of range.
     """
-    chosen, workers = get_target(target), check_threads(threads)
+    chosen, workers = get_cpu_target(target), check_threads(threads)
     function, macs, arrays = _peak_kernel(chosen)
     runtime = import_runtime()
     set_threads(workers)

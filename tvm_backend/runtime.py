@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from quantizers.errors import ArtifactError
+from quantizers.errors import ArtifactError, TargetError
 from quantizers.integer.inputs import check_finite, check_inputs
 from tvm_backend.bundle import LIBRARY, Bundle, load_bundle
+from tvm_backend.gpu.runtime import CudaProgram
 from tvm_backend.imports import import_runtime, tvm_version
 from tvm_backend.memory import allocate, gather
 from tvm_backend.schedule import ARENA, CONSTANT, INPUT, Argument
-from tvm_backend.targets import check_runnable
+from tvm_backend.targets import check_runnable, is_cuda
 from tvm_backend.threads import check_threads, set_threads
 
 Array = npt.NDArray[np.generic]
@@ -56,6 +57,8 @@ class CompiledProgram:
     """
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        if is_cuda(bundle.target):
+            raise TargetError(f"the bundle was built for {bundle.target}; open it with tvm_backend.runtime.open_bundle")
         check_runnable(bundle.target, bundle.arch, bundle.cpu_features)
         self.bundle = bundle
         self.threads = check_threads(threads)
@@ -168,7 +171,7 @@ class CompiledProgram:
         return self._arena[start : start + size].view(argument.dtype).reshape(shape)
 
 
-def load(directory: Path | str, threads: int | None = None) -> CompiledProgram:
+def load(directory: Path | str, threads: int | None = None) -> CompiledProgram | CudaProgram:
     """Load a bundle that :func:`tvm_backend.bundle.save_bundle` wrote.
 
     Raises:
@@ -176,7 +179,16 @@ def load(directory: Path | str, threads: int | None = None) -> CompiledProgram:
         TargetError: this machine lacks what the code needs.
         UsageError: the number of threads is out of range.
     """
-    return CompiledProgram(load_bundle(directory), threads)
+    return open_bundle(load_bundle(directory), threads)
+
+
+def open_bundle(bundle: Bundle, threads: int | None = None) -> CompiledProgram | CudaProgram:
+    """Make a bundle ready to run; worker threads are for processors, a GPU takes none.
+
+    Raises:
+        ArtifactError, TargetError, UsageError: as above.
+    """
+    return CudaProgram(bundle) if is_cuda(bundle.target) else CompiledProgram(bundle, threads)
 
 
 def _is_plain(array: Array) -> bool:

@@ -1,8 +1,9 @@
-"""CPU targets: what LLVM compiles for, and what a processor must offer to run the result."""
+"""Targets: what code is compiled for, and what a processor must offer to run the result."""
 
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -13,7 +14,10 @@ from typing import Any
 from quantizers.errors import TargetError, UnknownTargetError
 from tvm_backend.imports import import_tvm
 
-NATIVE = "native"
+NATIVE, CUDA = "native", "cuda"
+#: Of GPUs, oldest first: what ``cuda`` alone stands for.
+CUDA_ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
+_OLDEST = 75
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,47 @@ class CpuTarget:
             options["mattr"] = list(self.mattr)
         return tvm.target.Target(options)
 
+
+@dataclass(frozen=True, slots=True)
+class CudaTarget:
+    """NVIDIA GPUs.
+
+    Args:
+        architectures: those that machine code is made for, as ``sm_80``, oldest first; the newest one's PTX serves
+            those that come after it.
+    """
+
+    architectures: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Public name."""
+        return f"cuda:{','.join(self.architectures)}"
+
+    @property
+    def arch(self) -> str:
+        """Architecture of the machine that launches the kernels: that of this one."""
+        return platform.machine()
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Flags that its processor must have."""
+        return ()
+
+    def to_tvm(self) -> Any:
+        """Return the ``tvm.target.Target``; its host code is CUDA C++, so that one compiler makes the library."""
+        options: dict[str, object] = {
+            "kind": "cuda",
+            "arch": self.architectures[0],
+            "max_threads_per_block": 1024,
+            "max_shared_memory_per_block": 49152,
+            "thread_warp_size": 32,
+            "host": {"kind": "cuda_host"},
+        }
+        return import_tvm().target.Target(options)
+
+
+Target = CpuTarget | CudaTarget
 
 _AVX2 = ("avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "abm")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
@@ -111,7 +156,40 @@ def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
     return frozenset()
 
 
-def get_target(name: str) -> CpuTarget:
+def get_target(name: str) -> Target:
+    """Return the target of a name.
+
+    Args:
+        name: a key of :data:`TARGETS`; ``native`` for the best of them on this machine; ``cuda`` for GPUs of
+            :data:`CUDA_ARCHITECTURES`, or ``cuda:sm_80,sm_90`` for others.
+
+    Raises:
+        TargetError: no such target, or ``native`` on a processor that no target fits.
+    """
+    return _cuda_target(name) if is_cuda(name) else get_cpu_target(name)
+
+
+def is_cuda(name: str) -> bool:
+    """Tell whether a target's name is one of a GPU."""
+    return name.partition(":")[0] == CUDA
+
+
+def _cuda_target(name: str) -> CudaTarget:
+    _, _, listed = name.partition(":")
+    architectures = tuple(listed.split(",")) if listed else CUDA_ARCHITECTURES
+    numbers = [re.fullmatch(r"sm_(\d{2,3})", architecture) for architecture in architectures]
+    if name.endswith(":") or not all(numbers) or len(set(architectures)) < len(architectures):
+        raise UnknownTargetError(
+            f"unknown target {name!r}; expected {CUDA} or {CUDA}: and architectures with commas between them, "
+            f"as {CUDA}:{','.join(CUDA_ARCHITECTURES)}"
+        )
+    by_age = sorted(architectures, key=lambda architecture: int(architecture.removeprefix("sm_")))
+    if int(by_age[0].removeprefix("sm_")) < _OLDEST:
+        raise TargetError(f"{by_age[0]} has no integer tensor cores; the oldest supported architecture is sm_{_OLDEST}")
+    return CudaTarget(tuple(by_age))
+
+
+def get_cpu_target(name: str) -> CpuTarget:
     """Return a target of the table, or the best one for this machine where the name is ``native``.
 
     Raises:
@@ -120,7 +198,7 @@ def get_target(name: str) -> CpuTarget:
     if name in TARGETS:
         return TARGETS[name]
     if name != NATIVE:
-        raise UnknownTargetError(f"unknown target {name!r}; known targets are {NATIVE}, {', '.join(TARGETS)}")
+        raise UnknownTargetError(f"unknown target {name!r}; known targets are {NATIVE}, {', '.join(TARGETS)}, {CUDA}")
     arch, features = platform.machine(), cpu_features()
     fitting = [t for t in TARGETS.values() if t.arch == arch and features.issuperset(t.features)]
     if not fitting:

@@ -19,7 +19,7 @@ _OUTPUT_HELP = "File (ONNX, pt2) or directory (tvm, compressed-tensors)."
 @click.option(
     "--target",
     help="For onnx: the runtime, onnxruntime (default), openvino, tensorrt or portable. For tvm: cpu (default) is this "
-    "machine; else a name such as x86-64-avx2 or aarch64-dotprod; an unknown name lists all.",
+    "machine; else a name such as x86-64-avx2, aarch64-dotprod, cuda or cuda:sm_90; an unknown name lists all.",
 )
 @click.option("--int4", is_flag=True, help="For onnx: store weights of at most 4 bits as int4, with float activations.")
 @click.option("--batch-size", type=click.IntRange(1), help="For onnx: the only one that the file takes.  [any]")

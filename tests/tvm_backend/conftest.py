@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from support.compiled import EMULATED, compile_for
 from support.programs import random_block
 
 from quantizers.errors import TargetError
@@ -14,6 +15,7 @@ from quantizers.integer.interpret import interpret
 from quantizers.integer.program import IntegerProgram
 from tvm_backend.build import build
 from tvm_backend.bundle import Bundle
+from tvm_backend.gpu.runtime import CudaProgram
 from tvm_backend.runtime import CompiledProgram
 from tvm_backend.targets import TARGETS, check_runnable, get_target
 from tvm_backend.threads import usable_processors
@@ -22,7 +24,9 @@ Check = Callable[..., None]
 Images = Callable[..., np.ndarray]
 
 
-def assert_equals_interpreter(program: IntegerProgram, compiled: CompiledProgram, *images: np.ndarray) -> None:
+def assert_equals_interpreter(
+    program: IntegerProgram, compiled: CompiledProgram | CudaProgram, *images: np.ndarray
+) -> None:
     wanted = interpret(program, *map(torch.from_numpy, images))
     given = compiled(*images)
     assert len(given) == len(wanted)
@@ -38,21 +42,23 @@ def check() -> Check:
 
 @pytest.fixture(scope="session")
 def check_threads_and_batches(check: Check) -> Check:
-    """Compile a program for this machine and compare it with one and two threads, each with several batches."""
+    """Compare a program, on this machine with one and two threads and on an emulated GPU, each with several batches."""
 
     def compare(program: IntegerProgram, images: Images) -> None:
         bundle = build(program)
-        for threads in range(1, min(2, usable_processors()) + 1):
-            compiled = CompiledProgram(bundle, threads)
+        programs = [CompiledProgram(bundle, threads) for threads in range(1, min(2, usable_processors()) + 1)]
+        for compiled in (*programs, compile_for(program, EMULATED)):
             for batch in (1, 2, 7):
                 check(program, compiled, images(program, batch, seed=batch))
 
     return compare
 
 
-@pytest.fixture(params=list(TARGETS))
+@pytest.fixture(params=[*TARGETS, EMULATED])
 def runnable_target(request: pytest.FixtureRequest) -> str:
-    """Name of each target in turn; those that this machine cannot run are skipped."""
+    """Name of each target in turn, of GPUs as the CPU emulates them; those that this machine cannot run are skipped."""
+    if request.param == EMULATED:
+        return EMULATED
     chosen = get_target(request.param)
     try:
         check_runnable(chosen.name, chosen.arch, chosen.features)

@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from support.codebooks import GELU_LOW, with_codebooks
+from support.compiled import compile_for
 from support.models import ours, recipe, spread
 
 from calibration.engine import calibrate
@@ -17,7 +18,6 @@ from quantizers.integer.program import IntegerProgram
 from quantizers.logarithm import log_sqrt2
 from quantizers.tangent import tangent
 from tvm_backend.build import build
-from tvm_backend.runtime import CompiledProgram
 
 pytestmark = pytest.mark.tvm
 
@@ -39,7 +39,7 @@ def program(width: int, heads: int, operands: tuple[str, ...]) -> IntegerProgram
 def test_each_instruction_set_equals_interpreter(width, heads, runnable_target, check):
     """Heads of ragged vectors, of one whole lookup, and of more than a lookup takes."""
     chosen = program(width, heads, ())
-    compiled = CompiledProgram(build(chosen, runnable_target))
+    compiled = compile_for(chosen, runnable_target)
     for batch in (1, 3):
         images = torch.randn((batch, 1, 8, 8), generator=torch.Generator().manual_seed(batch)).numpy()
         check(chosen, compiled, images)
@@ -48,7 +48,7 @@ def test_each_instruction_set_equals_interpreter(width, heads, runnable_target, 
 def test_each_instruction_set_reads_levels_in_attention(runnable_target, check):
     """Queries, keys and values may be levels, as unsigned as probabilities are; and norms write them for linears."""
     chosen = program(66, 3, ("query", "key", "value", r".*\.attn\.qkv\.input", r".*\.mlp\.fc1\.input"))
-    compiled = CompiledProgram(build(chosen, runnable_target))
+    compiled = compile_for(chosen, runnable_target)
     for batch in (1, 3):
         images = torch.randn((batch, 1, 8, 8), generator=torch.Generator().manual_seed(batch)).numpy()
         check(chosen, compiled, images)

@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from support.compiled import EMULATED, compile_for
 from support.operator_programs import CASES, PRODUCTS, WIDTH, Case, case, codes, extremes
 from support.programs import ProgramBuilder
 
 from quantizers.integer.ops import OPS
 from tvm_backend.build import build
-from tvm_backend.kernels.cpu.emitters import EMITTERS
+from tvm_backend.kernels.cpu import emitters as cpu
+from tvm_backend.kernels.cuda import emitters as cuda
 from tvm_backend.runtime import CompiledProgram
 
 pytestmark = pytest.mark.tvm
 
 
 def run(case: Case, check, target: str = "native") -> None:
-    compiled = CompiledProgram(build(case.program, target))
+    compiled = compile_for(case.program, target)
     for batch in case.batches:
         check(case.program, compiled, *batch)
 
 
-def test_emitters_cover_exactly_the_contract():
-    assert set(EMITTERS) == set(OPS)
+@pytest.mark.parametrize("emitters", [cpu.EMITTERS, cuda.EMITTERS], ids=["cpu", "cuda"])
+def test_emitters_cover_exactly_the_contract(emitters):
+    assert set(emitters) == set(OPS)
 
 
+@pytest.mark.parametrize("target", ["native", EMULATED])
 @pytest.mark.parametrize("name", CASES)
-def test_native_code_equals_interpreter(name, check):
-    run(CASES[name](), check)
+def test_code_equals_interpreter(name, target, check):
+    run(CASES[name](), check, target)
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
@@ -35,7 +39,7 @@ def test_plain_products_equal_interpreter(name, check):
     run(PRODUCTS[name](), check, "x86-64")
 
 
-@pytest.mark.parametrize("target", ["native", "x86-64"])
+@pytest.mark.parametrize("target", ["native", "x86-64", EMULATED])
 def test_linear_with_many_rows_shares_them_otherwise(target, check):
     # From 768 to 1536 rows on, by the height of the target's tile, threads keep to their rows.
     rng = np.random.default_rng(8)

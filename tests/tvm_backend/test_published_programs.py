@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from support.compiled import compile_for
 from support.programs import ProgramBuilder, block_id, saturate
 from support.published_programs import random_published_block, random_tokens
 
@@ -31,7 +32,7 @@ def test_native_code_equals_interpreter(block, inner, check_threads_and_batches)
 
 def test_each_instruction_set_equals_interpreter(runnable_target, check):
     program = random_published_block(5, tokens=9, heads=3, head_dim=11, inner=False)
-    compiled = CompiledProgram(build(program, runnable_target))
+    compiled = compile_for(program, runnable_target)
     for batch in (1, 3):
         check(program, compiled, random_tokens(program, batch, seed=batch))
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from support.compiled import compile_for
 from support.programs import block_id, random_block, random_images
 
-from tvm_backend.build import build
 from tvm_backend.runtime import CompiledProgram
 from tvm_backend.threads import usable_processors
 
@@ -29,7 +29,7 @@ def test_native_code_equals_interpreter(block, probabilities, check_threads_and_
 
 def test_each_instruction_set_equals_interpreter(runnable_target, check):
     program = random_block(5, tokens=9, heads=3, head_dim=11, probabilities=False)
-    compiled = CompiledProgram(build(program, runnable_target))
+    compiled = compile_for(program, runnable_target)
     for batch in (1, 3):
         check(program, compiled, random_images(program, batch, seed=batch))
 

@@ -15,16 +15,16 @@ import numpy as np
 
 from quantizers.integer.program import INTEGER_RANGES, Node
 from tvm_backend.imports import import_tvm
-from tvm_backend.kernels.cpu.arithmetic import cast, literal, saturate, shift_round
 from tvm_backend.kernels.cpu.byte_table import WIDTH, TableStore, by_unsigned_code, join, look_up, store_part
 from tvm_backend.kernels.cpu.dot import DOTS, Dot
-from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, local, once, script
 from tvm_backend.kernels.cpu.pack import Packed, pack_columns, pack_rows
 from tvm_backend.kernels.cpu.panel import Panel
 from tvm_backend.kernels.cpu.rescale import rescale
 from tvm_backend.kernels.cpu.score_stages import ScoreStage, ScoreWriter
-from tvm_backend.kernels.cpu.softmax import Numerators
 from tvm_backend.kernels.kernel import Array, Kernel, Layout, Operand
+from tvm_backend.kernels.shared.arithmetic import cast, literal, saturate, shift_round
+from tvm_backend.kernels.shared.function import Buffer, Expr, Function, local, once, script
+from tvm_backend.kernels.shared.softmax import Numerators
 from tvm_backend.strides import Strided
 from tvm_backend.targets import CpuTarget
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from tvm_backend.imports import import_tvm
-from tvm_backend.kernels.cpu.arithmetic import cast, literal
-from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, local, script
 from tvm_backend.kernels.kernel import Array
+from tvm_backend.kernels.shared.arithmetic import cast, literal
+from tvm_backend.kernels.shared.function import Buffer, Expr, Function, local, script
 from tvm_backend.targets import CpuTarget
 
 #: Codes that one lookup takes.

@@ -17,8 +17,8 @@ from types import MappingProxyType
 
 import numpy as np
 
-from tvm_backend.kernels.cpu.arithmetic import cast, literal
-from tvm_backend.kernels.cpu.function import Buffer, Expr, local, script
+from tvm_backend.kernels.shared.arithmetic import cast, literal
+from tvm_backend.kernels.shared.function import Buffer, Expr, local, script
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,53 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
-from quantizers.integer.program import Node
-from tvm_backend.kernels.cpu.arithmetic import cast, literal, minus
 from tvm_backend.kernels.cpu.byte_table import TableStore, join, store_part
-from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, local, script
-from tvm_backend.kernels.cpu.rescale import operand_zero_point, rescale
+from tvm_backend.kernels.cpu.rescale import rescale
 from tvm_backend.kernels.kernel import Array, Layout
+from tvm_backend.kernels.shared.arithmetic import cast, literal, minus
+from tvm_backend.kernels.shared.epilogue import Epilogue, operand_zero_point
+from tvm_backend.kernels.shared.function import Buffer, Expr, Function, local, script
 from tvm_backend.targets import CpuTarget
-
-
-@dataclass(frozen=True)
-class Rescale:
-    """The sums times a multiplier, as codes.
-
-    Args:
-        node: ``requantize``, or ``add`` where the sums are one of its operands.
-        multiplier: one entry, or one a column.
-        narrow: whether the result is proved to fit int32 before it is clipped.
-        position: which of the node's operands the sums are.
-        addend: index of the kernel's operand that ``add`` adds, if it does.
-        addend_multiplier: one entry, or one a column.
-    """
-
-    node: Node
-    multiplier: Array = field(repr=False)
-    narrow: bool
-    position: int = 0
-    addend: int | None = None
-    addend_multiplier: Array | None = field(default=None, repr=False)
-
-
-@dataclass(frozen=True)
-class Epilogue:
-    """A chain of operators that alone read the sums.
-
-    Args:
-        rescale: None leaves the sums as they are.
-        table: 256 entries of int8 or uint8 that replace the codes.
-        dtype: element type of the result.
-    """
-
-    rescale: Rescale | None
-    table: Array | None = field(repr=False)
-    dtype: str
 
 
 class Finisher:

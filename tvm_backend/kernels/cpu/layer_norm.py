@@ -9,15 +9,12 @@ import numpy as np
 
 from quantizers.integer.ops import LAYER_NORM_FRACTION_BITS
 from quantizers.integer.program import Node
-from tvm_backend.imports import import_tvm
-from tvm_backend.kernels.cpu.arithmetic import cast, literal, saturate
-from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, local, script
 from tvm_backend.kernels.kernel import Kernel, Layout, Operand
+from tvm_backend.kernels.shared.arithmetic import cast, literal, saturate
+from tvm_backend.kernels.shared.function import Buffer, Expr, Function, local, script
+from tvm_backend.kernels.shared.square_root import divide, floor_sqrt, variable
 from tvm_backend.targets import CpuTarget
 
-#: Steps after which Newton's iteration from 2^31 is within one of the root, for values in [2^60, 2^62).
-#: The error after a step is at most its square over twice the root: 2^30, 2^28, 2^25, 2^19, 2^7, below 1.
-_NEWTON_STEPS = 5
 #: Channels of a vector.
 _LANES = 16
 #: Rows whose chains of divisions overlap.
@@ -47,32 +44,6 @@ class _Rows:
         total, shift, half = (local(_ROWS, "int64") for _ in range(3))
         extent, reciprocal = (local(_ROWS, "int32") for _ in range(2))
         return cls(total, extent, reciprocal, shift, half)
-
-
-def _variable(value: Expr, dtype: str = "int64") -> Buffer:
-    """Hold a number in a local variable, which later statements may update."""
-    buffer = local(1, dtype)
-    script().buffer_store(buffer, value, [0])
-    return buffer
-
-
-def _divide(value: Expr, divisor: Expr) -> Expr:
-    """Quotient of positive numbers, where truncation is the floor."""
-    return import_tvm("tvm.tirx").truncdiv(value, divisor)
-
-
-def floor_sqrt(values: Sequence[Expr]) -> list[Buffer]:
-    """Emit ``floor(sqrt(value))`` of int64 values in [2^60, 2^62), step by step for all of them."""
-    tirx = script()
-    roots = [_variable(literal(1 << 31, "int64")) for _ in values]
-    for _ in range(_NEWTON_STEPS):
-        for value, root in zip(values, roots, strict=True):
-            # Never below the floor of the root, because an arithmetic mean is never below the geometric one.
-            mean = tirx.shift_right(root[0] + _divide(value, root[0]), literal(1, "int64"))
-            tirx.buffer_store(root, mean, [0])
-    for value, root in zip(values, roots, strict=True):
-        tirx.buffer_store(root, root[0] - cast(root[0] * root[0] > value, "int64"), [0])
-    return roots
 
 
 def emit_layer_norm(node: Node, operands: Sequence[Operand], _target: CpuTarget) -> Kernel:
@@ -118,10 +89,10 @@ def _measure(node: Node, codes: Buffer, dtype: str, at: Sequence[Expr], width: i
     for row in at:
         total, squares = _sums(codes, dtype, row, width)
         spread = extent * squares[0] - total[0] * total[0] + literal(node.integer("epsilon"), "int64")
-        variance = _variable(spread)
+        variance = variable(spread)
         # A value of b bits may be multiplied by 4^e while b + 2 e <= 62.
         leading_zeros = cast(tirx.clz(variance[0]), "int64")
-        exponent = _variable(tirx.shift_right(leading_zeros - literal(2, "int64"), literal(1, "int64")))
+        exponent = variable(tirx.shift_right(leading_zeros - literal(2, "int64"), literal(1, "int64")))
         tirx.buffer_store(variance, tirx.shift_left(variance[0], exponent[0] * literal(2, "int64")), [0])
         totals.append(total)
         variances.append(variance)
@@ -129,7 +100,7 @@ def _measure(node: Node, codes: Buffer, dtype: str, at: Sequence[Expr], width: i
     roots = floor_sqrt([variance[0] for variance in variances])
     rows = _Rows.declare()
     for i, (total, exponent, root) in enumerate(zip(totals, exponents, roots, strict=True)):
-        reciprocal = _variable(_divide(literal(1 << 61, "int64"), root[0]))
+        reciprocal = variable(divide(literal(1 << 61, "int64"), root[0]))
         # 2^31 becomes -2^31 in int32; the other factor changes its sign as well.
         sign = literal(1, "int64") - cast(reciprocal[0] >= literal(1 << 31, "int64"), "int64") * literal(2, "int64")
         shift = literal(61 - LAYER_NORM_FRACTION_BITS, "int64") - exponent[0]
@@ -144,7 +115,7 @@ def _measure(node: Node, codes: Buffer, dtype: str, at: Sequence[Expr], width: i
 def _sums(codes: Buffer, dtype: str, row: Expr, width: int) -> tuple[Buffer, Buffer]:
     """Emit the sums of a row's codes and of their squares, int64."""
     tirx = script()
-    total, squares = _variable(literal(0, "int64")), _variable(literal(0, "int64"))
+    total, squares = variable(literal(0, "int64")), variable(literal(0, "int64"))
     whole = width // _LANES if width <= _WIDEST else 0
     if whole:
         every = tirx.ramp(0, 1, _LANES)

@@ -10,11 +10,12 @@ import numpy as np
 from quantizers.integer.program import Node
 from tvm_backend.imports import import_tvm
 from tvm_backend.kernels.cpu.dot import DOTS, Tile
-from tvm_backend.kernels.cpu.epilogue import Epilogue, Finisher
-from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, once, prefetch_line, script
+from tvm_backend.kernels.cpu.epilogue import Finisher
 from tvm_backend.kernels.cpu.narrow_weights import Spread, narrow, needed_bits
 from tvm_backend.kernels.cpu.panel import Panel
 from tvm_backend.kernels.kernel import Array, Kernel, Layout, Operand
+from tvm_backend.kernels.shared.epilogue import Epilogue
+from tvm_backend.kernels.shared.function import Buffer, Expr, Function, once, prefetch_line, script
 from tvm_backend.schedule import ALIGNMENT
 from tvm_backend.targets import CpuTarget
 

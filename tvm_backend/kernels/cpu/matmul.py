@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from quantizers.integer.program import Node
-from tvm_backend.kernels.cpu.arithmetic import literal, minus
-from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, local, script
 from tvm_backend.kernels.kernel import Kernel, Layout, Operand
+from tvm_backend.kernels.shared.arithmetic import literal, minus
+from tvm_backend.kernels.shared.function import Buffer, Expr, Function, local, script
 from tvm_backend.targets import CpuTarget
 
 _LANES = 16

@@ -15,10 +15,10 @@ from types import MappingProxyType
 import numpy as np
 
 from quantizers.integer.bit_packing import narrowest
-from tvm_backend.kernels.cpu.arithmetic import literal
 from tvm_backend.kernels.cpu.byte_table import join
-from tvm_backend.kernels.cpu.function import Buffer, Expr, script
 from tvm_backend.kernels.kernel import Array
+from tvm_backend.kernels.shared.arithmetic import literal
+from tvm_backend.kernels.shared.function import Buffer, Expr, script
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from quantizers.integer.program import Node
-from tvm_backend.kernels.cpu.arithmetic import cast, literal
 from tvm_backend.kernels.cpu.dot import Dot
-from tvm_backend.kernels.cpu.function import Buffer, Expr, local, script
+from tvm_backend.kernels.shared.arithmetic import cast, literal
+from tvm_backend.kernels.shared.function import Buffer, Expr, local, script
 
 Index = Callable[[Expr, Expr], list[Expr]]
 

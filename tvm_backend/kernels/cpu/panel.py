@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from tvm_backend.kernels.cpu.arithmetic import literal
 from tvm_backend.kernels.cpu.dot import Dot
-from tvm_backend.kernels.cpu.function import Buffer, Expr, script
+from tvm_backend.kernels.shared.arithmetic import literal
+from tvm_backend.kernels.shared.function import Buffer, Expr, script
 
 _VECTOR = 32
 #: Row and position along the reduction to the index of a code.

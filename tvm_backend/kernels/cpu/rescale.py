@@ -8,35 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from quantizers.integer.bounds import Interval
 from quantizers.integer.program import Node
-from tvm_backend.kernels.cpu.arithmetic import cast, literal, saturate, shift_round
-from tvm_backend.kernels.cpu.function import Expr, script
+from tvm_backend.kernels.shared.arithmetic import cast, clip, literal, saturate, shift_round
+from tvm_backend.kernels.shared.function import Expr, script
 
 _LOW_HALF = 2**32 - 1
-
-
-def fits_int32(terms: Sequence[tuple[Interval, Interval]], shift: int, zero_point: int) -> bool:
-    """Whether the rounded result and its sum with the zero point are proved to fit int32.
-
-    Args:
-        terms: bounds of each x, its zero point taken off, and of its multiplier.
-        shift: right shift.
-        zero_point: added after the shift.
-    """
-    reach = sum(x.magnitude * m.magnitude for x, m in terms)
-    return ((reach + (1 << (shift - 1))) >> shift) + abs(zero_point) + 1 < 2**31
-
-
-def operand_zero_point(node: Node, position: int) -> int:
-    """Return the zero point of one of the values that a node rescales.
-
-    Args:
-        node: ``requantize`` or ``add``.
-        position: 0, or for ``add`` also 1.
-    """
-    keys = ("input_zero_point",) if node.op == "requantize" else ("zero_point_a", "zero_point_b")
-    return node.integer(keys[position])
 
 
 def rescale(node: Node, terms: Sequence[tuple[Expr, Expr]], lanes: int, *, narrow: bool) -> Expr:
@@ -76,15 +52,6 @@ def rescale(node: Node, terms: Sequence[tuple[Expr, Expr]], lanes: int, *, narro
         rounded = codes + literal(1 << (shift - 33), "int32", lanes)
         codes = tirx.shift_right(rounded, literal(shift - 32, "int32", lanes))
     return clip(codes, node, lanes)
-
-
-def clip(codes: Expr, node: Node, lanes: int) -> Expr:
-    """Add the zero point to int32 lanes, clip, and convert to the node's element type."""
-    tirx = script()
-    zero_point, qmin, qmax = (node.integer(key) for key in ("zero_point", "qmin", "qmax"))
-    shifted = codes + literal(zero_point, "int32", lanes) if zero_point else codes
-    clipped = tirx.max(tirx.min(shifted, literal(qmax, "int32", lanes)), literal(qmin, "int32", lanes))
-    return cast(clipped, node.type.dtype, lanes)
 
 
 def _sum(part: Callable[[Expr, int], Expr], terms: Sequence[tuple[Expr, Expr]], half: int) -> Expr:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from quantizers.integer.program import Node
-from tvm_backend.kernels.cpu.arithmetic import literal, minus
-from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, script
-from tvm_backend.kernels.cpu.rescale import operand_zero_point, rescale
+from tvm_backend.kernels.cpu.rescale import rescale
 from tvm_backend.kernels.kernel import Array
+from tvm_backend.kernels.shared.arithmetic import literal, minus
+from tvm_backend.kernels.shared.epilogue import operand_zero_point
+from tvm_backend.kernels.shared.function import Buffer, Expr, Function, script
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,23 @@ Expr = Any
 Buffer = Any
 
 
+#: Words that replace TVM's while kernels are written, None for no other.
+_WORDS: ContextVar[Any] = ContextVar("words", default=None)
+
+
 def script() -> Any:
-    """Return TVM's ``script.ir_builder.tirx``, the vocabulary in which kernels are written."""
-    return import_tvm("tvm.script.ir_builder.tirx")
+    """Return TVM's ``script.ir_builder.tirx``, the vocabulary in which kernels are written, or what replaces it."""
+    return _WORDS.get() or import_tvm("tvm.script.ir_builder.tirx")
+
+
+@contextmanager
+def vocabulary(words: Any) -> Iterator[None]:
+    """Write kernels with other words of the same names: on a GPU, for one, a parallel loop is a grid of threads."""
+    token = _WORDS.set(words)
+    try:
+        yield
+    finally:
+        _WORDS.reset(token)
 
 
 def local(length: int, dtype: str) -> Buffer:

@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 
 from quantizers.integer.program import Node
-from tvm_backend.kernels.cpu.arithmetic import literal, minus
-from tvm_backend.kernels.cpu.function import Function, script
 from tvm_backend.kernels.kernel import Kernel, Layout, Operand
-from tvm_backend.targets import CpuTarget
+from tvm_backend.kernels.shared.arithmetic import literal, minus
+from tvm_backend.kernels.shared.function import Function, script
+from tvm_backend.targets import Target
 
 
-def emit_reduce_sum(node: Node, operands: Sequence[Operand], _target: CpuTarget) -> Kernel:
+def emit_reduce_sum(node: Node, operands: Sequence[Operand], _target: Target) -> Kernel:
     """``sum (x - zero_point)`` over ``axis``, int32."""
     tirx = script()
     shape, axis = operands[0].type.shape, node.integer("axis")

@@ -6,7 +6,7 @@ from typing import Any
 
 from quantizers.integer.program import INTEGER_RANGES, Node
 from tvm_backend.imports import import_tvm
-from tvm_backend.kernels.cpu.function import Expr, script
+from tvm_backend.kernels.shared.function import Expr, script
 
 
 def literal(value: float, dtype: str, lanes: int = 1) -> Expr:
@@ -37,6 +37,15 @@ def saturate(value: Expr, node: Node, lanes: int = 1) -> Expr:
     zero_point, qmin, qmax = (node.integer(key) for key in ("zero_point", "qmin", "qmax"))
     shifted = value + literal(zero_point, "int64", lanes) if zero_point else value
     clipped = tirx.max(tirx.min(shifted, literal(qmax, "int64", lanes)), literal(qmin, "int64", lanes))
+    return cast(clipped, node.type.dtype, lanes)
+
+
+def clip(codes: Expr, node: Node, lanes: int) -> Expr:
+    """Add the zero point to int32 lanes, clip, and convert to the node's element type."""
+    tirx = script()
+    zero_point, qmin, qmax = (node.integer(key) for key in ("zero_point", "qmin", "qmax"))
+    shifted = codes + literal(zero_point, "int32", lanes) if zero_point else codes
+    clipped = tirx.max(tirx.min(shifted, literal(qmax, "int32", lanes)), literal(qmin, "int32", lanes))
     return cast(clipped, node.type.dtype, lanes)
 
 

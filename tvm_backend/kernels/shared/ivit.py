@@ -13,10 +13,10 @@ import numpy as np
 from quantizers.integer.ivit import PAPER_START, RECIPROCAL, shift_exponential
 from quantizers.integer.program import INTEGER_RANGES, Node
 from tvm_backend.imports import import_tvm
-from tvm_backend.kernels.cpu.arithmetic import cast, literal, lowest, minus, saturate, shift_round
-from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, local, script
 from tvm_backend.kernels.kernel import Array, Kernel, Layout, Operand
-from tvm_backend.targets import CpuTarget
+from tvm_backend.kernels.shared.arithmetic import cast, literal, lowest, minus, saturate, shift_round
+from tvm_backend.kernels.shared.function import Buffer, Expr, Function, local, script
+from tvm_backend.targets import Target
 
 
 def _variable(value: Expr) -> Buffer:
@@ -52,7 +52,7 @@ def _row_maximum(codes: Buffer, row: Expr, width: int, dtype: str) -> Buffer:
     return largest
 
 
-def emit_shiftmax(node: Node, operands: Sequence[Operand], _target: CpuTarget) -> Kernel:
+def emit_shiftmax(node: Node, operands: Sequence[Operand], _target: Target) -> Kernel:
     """Exponentials of a row relative to its largest code, times the reciprocal of their sum."""
     tirx = script()
     dtype = operands[0].type.dtype
@@ -76,7 +76,7 @@ def emit_shiftmax(node: Node, operands: Sequence[Operand], _target: CpuTarget) -
     return function.kernel()
 
 
-def emit_shift_gelu(node: Node, operands: Sequence[Operand], _target: CpuTarget) -> Kernel:
+def emit_shift_gelu(node: Node, operands: Sequence[Operand], _target: Target) -> Kernel:
     """Codes times their sigmoids, which are relative to the largest code of the row."""
     tirx = script()
     dtype = operands[0].type.dtype
@@ -126,7 +126,7 @@ def _newton_root(node: Node, squares: Expr) -> Buffer:
     return root
 
 
-def emit_i_layer_norm(node: Node, operands: Sequence[Operand], _target: CpuTarget) -> Kernel:
+def emit_i_layer_norm(node: Node, operands: Sequence[Operand], _target: Target) -> Kernel:
     """Normalize rows of 8-bit or int16 codes with the published square root, add, scale and saturate."""
     tirx = script()
     x, weight, bias = operands

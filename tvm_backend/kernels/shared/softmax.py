@@ -9,13 +9,13 @@ import numpy as np
 
 from quantizers.integer.program import INTEGER_RANGES, Node
 from tvm_backend.imports import import_tvm
-from tvm_backend.kernels.cpu.arithmetic import cast, literal, saturate, shift_round
-from tvm_backend.kernels.cpu.function import Buffer, Expr, Function, local, script
 from tvm_backend.kernels.kernel import Array, Kernel, Layout, Operand
-from tvm_backend.targets import CpuTarget
+from tvm_backend.kernels.shared.arithmetic import cast, literal, saturate, shift_round
+from tvm_backend.kernels.shared.function import Buffer, Expr, Function, local, script
+from tvm_backend.targets import Target
 
 
-def emit_exponentials(node: Node, operands: Sequence[Operand], _target: CpuTarget) -> Kernel:
+def emit_exponentials(node: Node, operands: Sequence[Operand], _target: Target) -> Kernel:
     """``table[max over the row - x]``."""
     tirx = script()
     x, table = operands
@@ -35,7 +35,7 @@ def emit_exponentials(node: Node, operands: Sequence[Operand], _target: CpuTarge
     return function.kernel()
 
 
-def emit_row_sum(node: Node, operands: Sequence[Operand], _target: CpuTarget) -> Kernel:
+def emit_row_sum(node: Node, operands: Sequence[Operand], _target: Target) -> Kernel:
     """Sum over the last axis, int32."""
     tirx = script()
     source = Layout.matrix(operands[0].type.shape)
@@ -75,7 +75,7 @@ class Numerators:
         return held[0]
 
 
-def emit_normalize_rows(node: Node, operands: Sequence[Operand], _target: CpuTarget) -> Kernel:
+def emit_normalize_rows(node: Node, operands: Sequence[Operand], _target: Target) -> Kernel:
     """``saturate((x (numerator // sum) + 2^(shift-1)) >> shift)``."""
     tirx = script()
     layout = Layout.matrix(node.type.shape)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from quantizers.integer.program import Node
-from tvm_backend.kernels.cpu.function import Function, script
 from tvm_backend.kernels.kernel import Kernel, Layout, Operand
+from tvm_backend.kernels.shared.function import Function, script
 from tvm_backend.strides import source_index
-from tvm_backend.targets import CpuTarget
+from tvm_backend.targets import Target
 
 
 def emit_views(chain: Sequence[Node], operand: Operand) -> Kernel:
@@ -37,12 +37,12 @@ def emit_views(chain: Sequence[Node], operand: Operand) -> Kernel:
     return function.kernel()
 
 
-def emit_view(node: Node, operands: Sequence[Operand], _target: CpuTarget) -> Kernel:
+def emit_view(node: Node, operands: Sequence[Operand], _target: Target) -> Kernel:
     """Emit a copy for a single view."""
     return emit_views([node], operands[0])
 
 
-def emit_concat(node: Node, operands: Sequence[Operand], _target: CpuTarget) -> Kernel:
+def emit_concat(node: Node, operands: Sequence[Operand], _target: Target) -> Kernel:
     """Copy the operands one after the other along ``axis``; constants repeat for each sample."""
     tirx = script()
     axis, shape = node.integer("axis"), node.type.shape

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from quantizers.integer.program import Node
-from tvm_backend.kernels.cpu.arithmetic import literal
-from tvm_backend.kernels.cpu.function import Function, script
 from tvm_backend.kernels.kernel import Kernel, Layout, Operand
-from tvm_backend.targets import CpuTarget
+from tvm_backend.kernels.shared.arithmetic import literal
+from tvm_backend.kernels.shared.function import Function, script
+from tvm_backend.targets import Target
 
 
-def emit_patches(node: Node, operands: Sequence[Operand], _target: CpuTarget) -> Kernel:
+def emit_patches(node: Node, operands: Sequence[Operand], _target: Target) -> Kernel:
     """``x[C, H, W]`` to ``[windows, C kh kw]``; outside the image stands ``pad_value``."""
     tirx = script()
     x = operands[0]

@@ -1,0 +1,173 @@
+"""Bundles for GPUs: what is compiled for them, and what is said where they cannot be built or run."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from support.cuda_emulated import emulate, emulated_driver
+from support.programs import random_block, random_images
+from tvm_ffi import from_dlpack, libinfo
+
+from quantizers.errors import DataError, TargetError
+from quantizers.integer.interpret import interpret
+from tvm_backend.build import build
+from tvm_backend.bundle import load_bundle, save_bundle
+from tvm_backend.gpu.driver import Driver
+from tvm_backend.gpu.nvcc import COMPILER, code_flags
+from tvm_backend.gpu.runtime import CudaProgram
+from tvm_backend.gpu.source import cuda_source
+from tvm_backend.gpu.tensors import DeviceArray
+from tvm_backend.lower import lower
+from tvm_backend.runtime import CompiledProgram, load
+from tvm_backend.targets import CUDA_ARCHITECTURES, CudaTarget, get_target
+
+pytestmark = pytest.mark.tvm
+needs_compiler = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"{COMPILER} is not on the path")
+needs_no_driver = pytest.mark.skipif(
+    subprocess.run(["sh", "-c", "ldconfig -p | grep -q libcuda.so.1"], check=False).returncode == 0,
+    reason="this machine has an NVIDIA driver",
+)
+
+
+def test_names_of_targets() -> None:
+    assert get_target("cuda") == CudaTarget(CUDA_ARCHITECTURES)
+    assert get_target("cuda:sm_90,sm_80") == CudaTarget(("sm_80", "sm_90"))
+    assert get_target("cuda:sm_120").name == "cuda:sm_120"
+
+
+@pytest.mark.parametrize("name", ["cuda:", "cuda:90", "cuda:sm_80,", "cuda:sm_80,sm_80", "cuda:sm_90a b"])
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(TargetError, match=r"expected cuda or cuda: and architectures .* as cuda:sm_75,sm_80,sm_90"):
+        get_target(name)
+
+
+def test_old_architectures_are_refused() -> None:
+    with pytest.raises(TargetError, match=r"sm_61 .* the oldest supported architecture is sm_75"):
+        get_target("cuda:sm_61,sm_80")
+
+
+def test_machine_code_for_each_and_ptx_of_the_newest() -> None:
+    assert code_flags(CudaTarget(("sm_80", "sm_90"))) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+
+
+@needs_compiler
+def test_a_bundle_for_all_architectures_needs_no_gpu(tmp_path) -> None:
+    program = random_block(0)
+    save_bundle(build(program, "cuda"), tmp_path / "bundle")
+    bundle = load_bundle(tmp_path / "bundle")
+    assert bundle.target == f"cuda:{','.join(CUDA_ARCHITECTURES)}"
+    for architecture in CUDA_ARCHITECTURES:
+        assert architecture.encode() in bundle.library
+    with pytest.raises(TargetError, match="was built for cuda:"):
+        CompiledProgram(bundle)
+
+
+@needs_compiler
+def test_between_the_doors_there_is_no_float_arithmetic(tmp_path) -> None:
+    target = CudaTarget(("sm_80",))
+    (tmp_path / "model.cu").write_text(cuda_source(lower(random_block(0), target), target))
+    folders = [f"-I{folder}" for folder in (libinfo.find_include_path(), libinfo.find_dlpack_include_path())]
+    ptx = tmp_path / "model.ptx"
+    command = [COMPILER, "-std=c++17", "-O3", "-w", "-ptx", "-arch=sm_80", *folders, str(tmp_path / "model.cu")]
+    subprocess.run([*command, "-o", str(ptx)], check=True)
+    kernels = dict(re.findall(r"^\.visible \.entry (\w+)\((.*?)^}", ptx.read_text(), re.DOTALL | re.MULTILINE))
+    assert len(kernels) > 10
+    floating = {name for name, body in kernels.items() if re.search(r"\.f(16|32|64)\b", body)}
+    assert floating
+    assert all(re.match(r"(de)?quantize_", name) for name in floating), floating
+
+
+@needs_compiler
+def test_the_compiler_is_quoted_when_it_refuses() -> None:
+    with pytest.raises(TargetError, match=r"nvcc cannot compile for target cuda:sm_79: .*compute_79"):
+        build(random_block(0), "cuda:sm_79")
+
+
+def test_a_missing_compiler_is_named(monkeypatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(TargetError, match=r"targets cuda need nvcc, .* install the CUDA toolkit"):
+        build(random_block(0), "cuda")
+
+
+@needs_no_driver
+def test_a_missing_driver_is_named() -> None:
+    with pytest.raises(TargetError, match="this machine has no NVIDIA driver"):
+        Driver()
+
+
+@needs_compiler
+@needs_no_driver
+def test_a_bundle_is_refused_without_a_driver(tmp_path) -> None:
+    save_bundle(build(random_block(0), "cuda:sm_80"), tmp_path / "bundle")
+    with pytest.raises(TargetError, match="no NVIDIA driver"):
+        load(tmp_path / "bundle")
+
+
+# On a device that the CPU emulates --------------------------------------------------------------------------
+
+
+def test_batches_in_any_order() -> None:
+    """Memory grows with the largest batch and serves the smaller ones; results do not depend on what came before."""
+    program = random_block(0)
+    compiled = emulate(program)
+    for batch in (3, 1, 5, 2, 3):
+        images = random_images(program, batch, seed=batch)
+        for found, expected in zip(compiled(images), interpret(program, torch.from_numpy(images)), strict=True):
+            np.testing.assert_array_equal(found, expected.numpy(), strict=True)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused(value: float) -> None:
+    program = random_block(0)
+    compiled = emulate(program)
+    images = random_images(program, 2, seed=0)
+    expected = compiled(images)
+    damaged = images.copy()
+    damaged[1, 0, -1, -1] = value
+    with pytest.raises(DataError, match="NaN or infinity"):
+        compiled(damaged)
+    for one, other in zip(compiled(images), expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_other_shapes_are_refused() -> None:
+    program = random_block(0)
+    compiled = emulate(program)
+    with pytest.raises(DataError):
+        compiled(random_images(program, 2, seed=0)[..., :-1])
+
+
+def test_device_memory_that_runs_out_is_said() -> None:
+    driver = emulated_driver()
+    with pytest.raises(TargetError, match="the NVIDIA driver refuses cuMemAlloc_v2: out of memory"):
+        driver.allocate(1 << 40)
+    assert driver.architecture() == "sm_90"
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "int32", "int64", "float32"])
+def test_device_memory_is_lent_as_it_lies(dtype: str) -> None:
+    driver = emulated_driver()
+    array = np.arange(24).reshape(2, 3, 4).astype(dtype)
+    address = driver.allocate(array.nbytes)
+    driver.upload(address, array)
+    lent = DeviceArray(address, array.shape, dtype)
+    tensor = from_dlpack(lent)
+    assert (tuple(tensor.shape), str(tensor.dtype), str(tensor.device)) == (array.shape, dtype, "cuda:0")
+    np.testing.assert_array_equal(driver.download(address, array.shape, dtype), array)
+    driver.free(address)
+
+
+def test_host_code_of_another_machine_is_refused() -> None:
+    bundle = dataclasses.replace(emulate(random_block(0)).bundle, arch="riscv64")
+    with pytest.raises(TargetError, match="host code was built for riscv64"):
+        CudaProgram(bundle, emulated_driver())

@@ -1,0 +1,1 @@
+"""What only NVIDIA GPUs need: CUDA C++ and its compiler, device memory, and the program that runs there."""
