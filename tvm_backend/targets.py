@@ -16,8 +16,8 @@ from tvm_backend.imports import import_tvm
 
 NATIVE, CUDA = "native", "cuda"
 #: Of GPUs, oldest first: what ``cuda`` alone stands for.
-CUDA_ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
-_OLDEST = 75
+CUDA_ARCHITECTURES = ("sm_80", "sm_90")
+_OLDEST, _TENSOR_CORES = 75, 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +77,11 @@ class CudaTarget:
     def name(self) -> str:
         """Public name."""
         return f"cuda:{','.join(self.architectures)}"
+
+    @property
+    def tensor_cores(self) -> bool:
+        """Whether all have asynchronous copies and products of 16 by 8 by 32 codes."""
+        return int(self.architectures[0].removeprefix("sm_")) >= _TENSOR_CORES
 
     @property
     def arch(self) -> str:

@@ -1,14 +1,17 @@
 """CUDA on the CPU: the generated source compiled by g++, and a driver whose device memory is the host's.
 
-Kernels whose threads do not wait for each other run as loops. What this cannot show is time, and what the GPU's own
-compiler makes of the source.
+TVM writes each instruction of the GPU as a function of its own around an assembler statement; those are taken out here,
+and ``cuda_emulation/cuda_runtime.h`` has functions of the same names. What this cannot show is time, what the GPU's own
+compiler makes of the source, and an instruction that the header misunderstands.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import tvm_ffi.libinfo
@@ -26,6 +29,12 @@ HEADERS = Path(__file__).resolve().parent / "cuda_emulation"
 FLAGS = ("-std=c++20", "-O1", "-w", "-fwrapv", "-shared", "-fPIC")
 
 
+#: A function of one instruction, its body included.
+_INSTRUCTION = re.compile(
+    r"^__forceinline__ __device__ \w+ tvm_builtin_ptx_\w+\([^)]*\) \{\n.*?^\}\n", re.MULTILINE | re.DOTALL
+)
+
+
 @functools.cache
 def _folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory()
@@ -38,6 +47,12 @@ def _compile(source: Path, library: Path) -> None:
     subprocess.run(command, check=True)
 
 
+def _for_the_cpu(source: str) -> str:
+    without = _INSTRUCTION.sub("", source)
+    # Blocks run one after the other, so they may share one memory.
+    return re.sub(r"__shared__ (alignas\(\d+\))", r"\1 static", without)
+
+
 @functools.cache
 def emulated_driver() -> Driver:
     """Return a driver for which this machine has a device."""
@@ -46,12 +61,14 @@ def emulated_driver() -> Driver:
     return Driver(str(library))
 
 
-def emulate(program: IntegerProgram, architecture: str = "sm_80") -> CudaProgram:
-    """Compile a program for a GPU and run it on the CPU."""
+def emulate(
+    program: IntegerProgram, architecture: str = "sm_80", change: Callable[[str], str] = lambda source: source
+) -> CudaProgram:
+    """Compile a program for a GPU and run it on the CPU, its source changed before."""
     target = CudaTarget((architecture,))
     lowered = lower(program, target)
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder) / "model.cpp", Path(folder) / "model.so"
-        source.write_text(cuda_source(lowered, target))
+        source.write_text(_for_the_cpu(change(cuda_source(lowered, target))))
         _compile(source, library)
         return CudaProgram(bundle_of(program, target, lowered, library.read_bytes()), emulated_driver())

@@ -11,6 +11,6 @@ def cuda_source(lowered: Lowered, target: CudaTarget) -> str:
     """Return one translation unit with all kernels and the functions that launch them."""
     tvm, chosen = import_tvm(), target.to_tvm()
     with chosen, tvm.transform.PassContext(opt_level=3):
-        executable = tvm.compile(lowered.module, target=chosen)
+        executable = tvm.compile(lowered.module, target=chosen, tir_pipeline="tirx")
     source: str = import_tvm("tvm.backend.cuda").export_cuda_host(executable.mod)
     return source

@@ -1,4 +1,4 @@
-"""Linear layers, a thread for each sum, and what an epilogue makes of it."""
+"""Linear layers: sums on tensor cores where they can be, and what an epilogue makes of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from quantizers.integer.program import Node
+from tvm_backend.kernels.cuda.tensor_cores import CHUNK, DEPTH, TILE, Product, Store
 from tvm_backend.kernels.kernel import Array, Kernel, Layout, Operand
 from tvm_backend.kernels.shared.arithmetic import cast, literal, lowest, minus, saturate, shift_round
 from tvm_backend.kernels.shared.epilogue import Epilogue, operand_zero_point
@@ -15,13 +16,14 @@ from tvm_backend.targets import CudaTarget
 
 
 def emit_linear(
-    node: Node, operands: Sequence[Operand], _target: CudaTarget, epilogue: Epilogue | None = None
+    node: Node, operands: Sequence[Operand], target: CudaTarget, epilogue: Epilogue | None = None
 ) -> Kernel:
     """``x @ weight.T + bias``, int32, or what an epilogue makes of it.
 
     Args:
         node: the ``linear`` node.
         operands: x, weight, bias, and the addend of the epilogue if it has one.
+        target: decides which instructions there are.
         epilogue: the operators that alone read the sums.
     """
     tirx = script()
@@ -30,19 +32,44 @@ def emit_linear(
     count, depth = weights.shape
     function = Function(node, operands, Layout.matrix(node.type.shape), epilogue.dtype)
     with function.body():
-        codes, stored = function.value(0, Layout.matrix(x.type.shape)), function.constant(weights)
+        codes = function.value(0, Layout.matrix(x.type.shape))
+        # A row of codes that is no multiple of what a copy moves would be read across its end.
+        fast = depth % CHUNK == 0 and target.tensor_cores
+        stored = function.constant(_whole_tiles(weights) if fast else weights)
         starts = function.constant(bias)
         finisher = _Finisher(epilogue, function, count)
         result = function.result()
-        with tirx.parallel(function.rows * count) as index:
-            row, column = index // count, index % count
-            total = local(1, "int32")
-            tirx.buffer_store(total, starts[column], [0])
-            with tirx.serial(depth) as k:
-                term = cast(codes[row, k], "int32") * cast(stored[column, k], "int32")
-                tirx.buffer_store(total, total[0] + term, [0])
-            tirx.buffer_store(result, finisher.finish(total[0], row, column), [row, column])
+
+        def store(row: Expr, column: Expr, total: Expr) -> None:
+            with tirx.If(column < count), tirx.Then():
+                value = finisher.finish(total + starts[column], row, column)
+                tirx.buffer_store(result, value, [row, column])
+
+        if fast:
+            Product(codes, stored, function.rows, depth).run(store)
+        else:
+            _element_by_element(codes, stored, function.rows * count, store)
     return function.kernel()
+
+
+def _element_by_element(codes: Buffer, weights: Buffer, elements: Expr, store: Store) -> None:
+    """Give each sum a thread."""
+    tirx = script()
+    count, depth = weights.shape
+    with tirx.parallel(elements) as index:
+        row, column = index // int(count), index % int(count)
+        total = local(1, "int32")
+        tirx.buffer_store(total, literal(0, "int32"), [0])
+        with tirx.serial(int(depth)) as k:
+            term = cast(codes[row, k], "int32") * cast(weights[column, k], "int32")
+            tirx.buffer_store(total, total[0] + term, [0])
+        store(row, column, total[0])
+
+
+def _whole_tiles(weights: Array) -> Array:
+    """Pad with zeros to whole tiles."""
+    padding = [(0, -weights.shape[0] % TILE), (0, -weights.shape[1] % DEPTH)]
+    return np.pad(weights, padding)
 
 
 class _Finisher:

@@ -20,16 +20,20 @@ class Threads:
     def __getattr__(self, name: str) -> Any:
         return getattr(import_tvm("tvm.script.ir_builder.tirx"), name)
 
+    def prim_func(self, **_: object) -> Any:
+        """Open a function that is written down to its threads."""
+        return import_tvm("tvm.script.ir_builder.tirx").prim_func()
+
     @contextmanager
     def parallel(self, extent: Expr) -> Iterator[Expr]:
         """Give each index below ``extent`` a thread."""
-        blocks = (extent + (BLOCK - 1)) // BLOCK
-        with self.launch_thread("blockIdx.x", blocks) as block, self.launch_thread("threadIdx.x", BLOCK) as thread:
-            index = block * BLOCK + thread
-            with self.If(index < extent), self.Then():
-                yield index
+        self.device_entry()
+        block = self.cta_id([self.Cast("int32", (extent + (BLOCK - 1)) // BLOCK)])
+        index = self.Cast("int64", block) * BLOCK + self.Cast("int64", self.thread_id([BLOCK]))
+        with self.If(index < extent), self.Then():
+            yield index
 
     def alloc_buffer(self, shape: Sequence[int], dtype: str, scope: str) -> Any:
-        """Declare an array of one thread, which lies in registers where its subscripts are known."""
-        assert scope == "global", scope
-        return import_tvm("tvm.script.ir_builder.tirx").alloc_buffer(shape, dtype, scope="local")
+        """Declare an array: what a CPU has on its stack lies in a thread's registers where its subscripts are known."""
+        chosen = "local" if scope == "global" else scope
+        return import_tvm("tvm.script.ir_builder.tirx").alloc_buffer(shape, dtype, scope=chosen)
