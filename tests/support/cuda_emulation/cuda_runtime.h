@@ -234,6 +234,14 @@ inline int __clz(int value) { return value ? __builtin_clz((unsigned)value) : 32
 inline int __clzll(long long value) { return value ? __builtin_clzll((unsigned long long)value) : 64; }
 inline void __syncthreads() { emulation::block_barrier(); }
 inline uint32_t __cvta_generic_to_shared(const void* pointer) { return (uint32_t)((const char*)pointer - &emulation::anchor); }
+template <class T> inline T __shfl_xor_sync(unsigned, T value, int lanes, int = 32) {
+  emulation::Shown mine{};
+  memcpy(mine.words, &value, sizeof value);
+  const emulation::Shown* shown = emulation::exchange(mine);
+  T found;
+  memcpy(&found, shown[(emulation::current->number % emulation::WARP) ^ lanes].words, sizeof found);
+  return found;
+}
 // Only the number of the warp is passed around, which all lanes know.
 inline unsigned __shfl_sync(unsigned, unsigned value, int, int = 32) { return value; }
 

@@ -12,6 +12,7 @@ Expr = Any
 
 #: Threads of a block where nothing binds them together.
 BLOCK = 128
+WARP, ALL_LANES = 32, 0xFFFFFFFF
 
 
 class Threads:
@@ -32,6 +33,24 @@ class Threads:
         index = self.Cast("int64", block) * BLOCK + self.Cast("int64", self.thread_id([BLOCK]))
         with self.If(index < extent), self.Then():
             yield index
+
+    @contextmanager
+    def warps(self, extent: Expr) -> Iterator[tuple[Expr, Expr]]:
+        """Give each index below ``extent`` a warp; yields the index and the number of the lane, int32."""
+        self.device_entry()
+        block = self.cta_id([self.Cast("int32", (extent + (BLOCK // WARP - 1)) // (BLOCK // WARP))])
+        thread = self.thread_id([BLOCK])
+        index = self.Cast("int64", block) * (BLOCK // WARP) + self.Cast("int64", thread // WARP)
+        with self.If(index < extent), self.Then():
+            yield index, thread % WARP
+
+    def add_lanes(self, value: Any) -> None:
+        """Replace what each lane holds in an array of one element by the sum over the warp."""
+        step = WARP // 2
+        while step:
+            other = self.tvm_warp_shuffle_xor(self.uint32(ALL_LANES), value[0], step, WARP, WARP)
+            self.buffer_store(value, value[0] + other, [0])
+            step //= 2
 
     def alloc_buffer(self, shape: Sequence[int], dtype: str, scope: str) -> Any:
         """Declare an array: what a CPU has on its stack lies in a thread's registers where its subscripts are known."""
