@@ -104,7 +104,12 @@ def read_artifact(directory: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     except ValueError as error:
         raise ArtifactError(f"{path} is damaged: {error}; quantize the model again") from error
     if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
-        raise ArtifactError(f"{path} is not the manifest of a quantized model")
+        remedy = "give the directory that 'ptq quantize' wrote"
+        if isinstance(manifest, dict) and "schedule" in manifest:
+            raise ArtifactError(
+                f"{directory} is a compiled bundle: it runs by tvm_backend.runtime.load, and here {remedy}"
+            )
+        raise ArtifactError(f"{path} is not the manifest of a quantized model; {remedy}")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ArtifactError(
             f"{path} has format version {manifest.get('format_version')}, this version reads {FORMAT_VERSION}; "

@@ -223,3 +223,14 @@ def test_integer_backend_of_a_float_model(workspace: Path, capsys: pytest.Captur
     """Only a quantized model has integers."""
     arguments = ("evaluate", str(workspace / "model"), "--data", str(workspace / "data.npz"), "--backend", "integer")
     assert "ptq quantize" in fails(capsys, 2, *arguments)
+
+
+def test_a_compiled_bundle_is_no_quantized_model(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["export", str(artifact / "out"), "--format", "tvm", "-o", str(tmp_path / "bundle")])
+    assert stop.value.code == 0
+    capsys.readouterr()
+    message = fails(capsys, 1, "inspect", str(tmp_path / "bundle"))
+    assert "is a compiled bundle: it runs by tvm_backend.runtime.load" in message
