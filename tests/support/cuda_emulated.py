@@ -7,6 +7,7 @@ compiler makes of the source, and an instruction that the header misunderstands.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import re
 import subprocess
@@ -58,6 +59,8 @@ def emulated_driver() -> Driver:
     """Return a driver for which this machine has a device."""
     library = Path(_folder().name) / "driver.so"
     _compile(HEADERS / "driver.cpp", library)
+    # Compiled programs look there for what their launches become.
+    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
     return Driver(str(library))
 
 

@@ -224,3 +224,13 @@ def test_host_code_of_another_machine_is_refused() -> None:
     bundle = dataclasses.replace(emulate(random_block(0)).bundle, arch="riscv64")
     with pytest.raises(TargetError, match="host code was built for riscv64"):
         CudaProgram(bundle, emulated_driver())
+
+
+def test_a_capture_that_fails_leaves_the_stream_usable() -> None:
+    driver = emulated_driver()
+    with pytest.raises(RuntimeError, match="a launch failed"), driver.capture():
+        raise RuntimeError("a launch failed")
+    with driver.capture() as graph:
+        pass
+    driver.launch(graph)
+    driver.drop(graph)

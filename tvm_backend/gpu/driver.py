@@ -1,9 +1,10 @@
-"""The few functions of NVIDIA's driver that a program needs: a device, memory on it, copies."""
+"""The few functions of NVIDIA's driver that a program needs: a device, memory on it, a stream, copies, a graph."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,15 @@ Array = npt.NDArray[np.generic]
 LIBRARY = "libcuda.so.1"
 #: Numbers of ``CUdevice_attribute``.
 _MAJOR, _MINOR = 75, 76
+#: A stream that does not wait for the default one, and a capture that other threads do not disturb.
+_NON_BLOCKING, _THREAD_LOCAL = 1, 1
+
+
+class Graph:
+    """Kernels recorded on a stream, to be launched as one."""
+
+    def __init__(self) -> None:
+        self.handle = ctypes.c_void_p()
 
 
 class Driver:
@@ -46,6 +56,11 @@ class Driver:
         # The primary context is the one that the launching code uses too.
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
         self._context = context
+        self.use()
+        stream = ctypes.c_void_p()
+        self._call("cuStreamCreate", ctypes.byref(stream), ctypes.c_uint(_NON_BLOCKING))
+        #: All work of this driver goes through one stream, whose handle this is.
+        self.stream: int = stream.value or 0
 
     def _call(self, function: str, *arguments: Any) -> None:
         code = getattr(self._library, function)(*arguments)
@@ -77,14 +92,37 @@ class Driver:
         self._call("cuMemFree_v2", ctypes.c_uint64(address))
 
     def upload(self, address: int, array: Array) -> None:
-        """Copy an array, whose elements are in order, to the device."""
+        """Copy an array, whose elements are in order, to the device, before what comes later on the stream."""
         assert array.flags.c_contiguous
-        source = ctypes.c_void_p(array.ctypes.data)
-        self._call("cuMemcpyHtoD_v2", ctypes.c_uint64(address), source, ctypes.c_size_t(array.nbytes))
+        source, size = ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes)
+        # Pageable memory has been read when this returns, so the array may change afterwards.
+        self._call("cuMemcpyHtoDAsync_v2", ctypes.c_uint64(address), source, size, ctypes.c_void_p(self.stream))
 
     def download(self, address: int, shape: Sequence[int], dtype: str) -> Array:
-        """Return an array of what lies on the device, once all work there is done."""
+        """Return an array of what lies on the device, once all earlier work on the stream is done."""
         array: Array = np.empty(shape, dtype)
-        target = ctypes.c_void_p(array.ctypes.data)
-        self._call("cuMemcpyDtoH_v2", target, ctypes.c_uint64(address), ctypes.c_size_t(array.nbytes))
+        target, size = ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes)
+        self._call("cuMemcpyDtoHAsync_v2", target, ctypes.c_uint64(address), size, ctypes.c_void_p(self.stream))
+        self._call("cuStreamSynchronize", ctypes.c_void_p(self.stream))
         return array
+
+    @contextmanager
+    def capture(self) -> Iterator[Graph]:
+        """Record what is launched on the stream meanwhile, instead of running it."""
+        made, recorded = Graph(), ctypes.c_void_p()
+        self._call("cuStreamBeginCapture_v2", ctypes.c_void_p(self.stream), ctypes.c_int(_THREAD_LOCAL))
+        try:
+            yield made
+        finally:
+            # A capture that failed has to be ended too, or the stream would be lost.
+            self._call("cuStreamEndCapture", ctypes.c_void_p(self.stream), ctypes.byref(recorded))
+        self._call("cuGraphInstantiateWithFlags", ctypes.byref(made.handle), recorded, ctypes.c_ulonglong(0))
+        self._call("cuGraphDestroy", recorded)
+
+    def launch(self, graph: Graph) -> None:
+        """Run a recorded graph on the stream."""
+        self._call("cuGraphLaunch", graph.handle, ctypes.c_void_p(self.stream))
+
+    def drop(self, graph: Graph) -> None:
+        """Forget a graph."""
+        self._call("cuGraphExecDestroy", graph.handle)

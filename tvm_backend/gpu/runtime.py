@@ -17,7 +17,7 @@ import numpy.typing as npt
 from quantizers.errors import ArtifactError, TargetError
 from quantizers.integer.inputs import check_finite, check_inputs
 from tvm_backend.bundle import LIBRARY, Bundle
-from tvm_backend.gpu.driver import Driver
+from tvm_backend.gpu.driver import Driver, Graph
 from tvm_backend.gpu.tensors import DeviceArray
 from tvm_backend.imports import import_runtime, tvm_version
 from tvm_backend.schedule import CONSTANT, INPUT, Argument
@@ -30,11 +30,11 @@ class _Prepared:
     """The calls for one batch size.
 
     Args:
-        calls: functions and their arguments.
-        held: what the arguments are made of.
+        graph: all of them, launched as one: a call of its own costs the processor more than many kernels cost the GPU.
+        held: the memory that their arguments describe.
     """
 
-    calls: list[tuple[Callable[..., None], list[Any]]]
+    graph: Graph
     held: list[DeviceArray]
 
 
@@ -64,7 +64,7 @@ class CudaProgram:
         self.bundle = bundle
         self._driver = driver or Driver()
         self._driver.use()
-        runtime = import_runtime()
+        self._runtime = runtime = import_runtime()
         self._tensor: Callable[[DeviceArray], Any] = runtime.from_dlpack
         self._running = threading.Lock()
         with tempfile.TemporaryDirectory() as scratch:
@@ -97,8 +97,7 @@ class CudaProgram:
             prepared = self._prepare(batch)
             for address, array in zip(self._inputs, arrays, strict=True):
                 self._driver.upload(address, array)
-            for function, arguments in prepared.calls:
-                function(*arguments)
+            self._driver.launch(prepared.graph)
             schedule = self.bundle.schedule
             for index, flags in schedule.checks:
                 if np.count_nonzero(self._fetch(flags, batch)):
@@ -119,6 +118,8 @@ class CudaProgram:
         return self._prepared[batch]
 
     def _make_room(self, batch: int) -> None:
+        for prepared in self._prepared.values():
+            self._driver.drop(prepared.graph)
         self._prepared.clear()
         for address in (*self._inputs, self._arena):
             if address:
@@ -136,7 +137,15 @@ class CudaProgram:
             arrays = [DeviceArray(self._address(a, batch), _shape(a, batch), a.dtype) for a in call.arguments]
             held += arrays
             calls.append((self._library[call.function], [self._tensor(array) for array in arrays]))
-        return _Prepared(calls, held)
+        with self._runtime.use_raw_stream(self._runtime.device("cuda", 0), self._driver.stream):
+            # Outside of a capture first: modules are loaded when a kernel of theirs is launched for the first time,
+            # which a capture does not allow.
+            for function, arguments in calls:
+                function(*arguments)
+            with self._driver.capture() as graph:
+                for function, arguments in calls:
+                    function(*arguments)
+        return _Prepared(graph, held)
 
     def _address(self, argument: Argument, batch: int) -> int:
         if argument.place == CONSTANT:

@@ -5,11 +5,17 @@
 
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <map>
+#include <vector>
 
 namespace {
 struct Block { char* start; size_t length; };
 std::map<uint64_t, Block> blocks;
+
+typedef std::vector<std::function<void()>> Recorded;
+Recorded* capturing = nullptr;
+char stream;
 }  // namespace
 
 extern "C" {
@@ -39,6 +45,46 @@ int cuMemFree_v2(uint64_t address) {
   blocks.erase(found);
   return 0;
 }
-int cuMemcpyHtoD_v2(uint64_t target, const void* source, size_t size) { memcpy((void*)target, source, size); return 0; }
-int cuMemcpyDtoH_v2(void* target, uint64_t source, size_t size) { memcpy(target, (const void*)source, size); return 0; }
+int cuStreamCreate(void** made, unsigned) { *made = &stream; return 0; }
+int cuStreamSynchronize(void* on) { return on == &stream ? 0 : 1; }
+int cuMemcpyHtoDAsync_v2(uint64_t target, const void* source, size_t size, void* on) {
+  if (on != &stream || capturing) return 1;
+  memcpy((void*)target, source, size);
+  return 0;
+}
+int cuMemcpyDtoHAsync_v2(void* target, uint64_t source, size_t size, void* on) {
+  if (on != &stream || capturing) return 1;
+  memcpy(target, (const void*)source, size);
+  return 0;
+}
+
+// Kernels come here from the libraries that launch them: 0 runs one at once, 1 keeps it for the graph, 2 is a refusal.
+int emulation_launched(void* on, void (*run)(void*), void* closure) {
+  if (on != &stream) return 2;
+  if (!capturing) return 0;
+  capturing->push_back([=]() { run(closure); });
+  return 1;
+}
+int cuStreamBeginCapture_v2(void* on, int) {
+  if (on != &stream || capturing) return 1;
+  capturing = new Recorded();
+  return 0;
+}
+int cuStreamEndCapture(void* on, void** graph) {
+  if (on != &stream || !capturing) return 1;
+  *graph = capturing;
+  capturing = nullptr;
+  return 0;
+}
+int cuGraphInstantiateWithFlags(void** made, void* graph, unsigned long long) {
+  *made = new Recorded(*(Recorded*)graph);
+  return 0;
+}
+int cuGraphDestroy(void* graph) { delete (Recorded*)graph; return 0; }
+int cuGraphExecDestroy(void* graph) { delete (Recorded*)graph; return 0; }
+int cuGraphLaunch(void* graph, void* on) {
+  if (on != &stream || capturing) return 1;
+  for (const auto& kernel : *(Recorded*)graph) kernel();
+  return 0;
+}
 }
