@@ -14,10 +14,10 @@ DOCUMENTED := ptq.api ptq.data ptq.preprocessing ptq.sources ptq.recipes ptq.rec
 	ptq.diagnosis ptq.mixed_precision ptq.nearest_neighbours ptq.deployment calibration.rules quantizers.spec quantizers.errors quantizers.integer.program \
 	tvm_backend.build tvm_backend.bundle tvm_backend.runtime
 
-.PHONY: help setup demo test check aarch64 browser docs bench bench-accuracy bench-cpu bench-presets bench-dinov2 bench-ivit bench-search format clean
+.PHONY: help setup demo test check aarch64 browser docs bench bench-accuracy bench-calibration bench-cpu bench-presets bench-dinov2 bench-ivit bench-search format clean
 
 help:
-	@echo "make demo | test | check | aarch64 | browser | docs | bench | bench-accuracy | bench-cpu | bench-presets | bench-dinov2 | bench-ivit | bench-search | format | clean"
+	@echo "make demo | test | check | aarch64 | browser | docs | bench | bench-accuracy | bench-calibration | bench-cpu | bench-presets | bench-dinov2 | bench-ivit | bench-search | format | clean"
 
 setup: $(VENV)/.ready
 
@@ -75,6 +75,9 @@ bench-accuracy: $(VENV)/.ready-bench $(DINOV2_WHEEL)
 	$(BIN)/python benchmarks/accuracy.py --wheel $(DINOV2_WHEEL) $(ARGS)
 
 # Mixed precision on both networks of bench-accuracy: what is found, and what test images say.
+bench-calibration: $(VENV)/.ready-bench $(DINOV2_WHEEL)
+	$(BIN)/python benchmarks/calibration.py --wheel $(DINOV2_WHEEL) $(ARGS)
+
 bench-search: $(VENV)/.ready-bench $(DINOV2_WHEEL)
 	$(BIN)/python benchmarks/search.py --wheel $(DINOV2_WHEEL) $(ARGS)
 

@@ -62,10 +62,10 @@ def code_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def upscaled(images: npt.NDArray[np.uint8]) -> Tensor:
-    """Return 112-pixel images normalized for DINOv2, float32 (N, 3, 112, 112)."""
+def upscaled(images: npt.NDArray[np.uint8], size: int = 112) -> Tensor:
+    """Return images of ``size`` pixels normalized for DINOv2, float32 (N, 3, size, size)."""
     pixels = torch.from_numpy(images.copy()).to(torch.float32)[:, None] / 255
-    large = functional.interpolate(pixels, (112, 112), mode="bicubic", align_corners=False).clamp(0, 1)
+    large = functional.interpolate(pixels, (size, size), mode="bicubic", align_corners=False).clamp(0, 1)
     return normalize(large.expand(-1, 3, -1, -1))
 
 
