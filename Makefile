@@ -76,7 +76,7 @@ bench-accuracy: $(VENV)/.ready-bench $(DINOV2_WHEEL)
 
 # Mixed precision on both networks of bench-accuracy: what is found, and what test images say.
 bench-calibration: $(VENV)/.ready-bench $(DINOV2_WHEEL)
-	$(BIN)/python benchmarks/calibration.py --wheel $(DINOV2_WHEEL) $(ARGS)
+	$(BIN)/python benchmarks/calibration_cost.py --wheel $(DINOV2_WHEEL) $(ARGS)
 
 bench-search: $(VENV)/.ready-bench $(DINOV2_WHEEL)
 	$(BIN)/python benchmarks/search.py --wheel $(DINOV2_WHEEL) $(ARGS)

