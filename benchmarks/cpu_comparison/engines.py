@@ -273,7 +273,7 @@ ENGINES: dict[str, Engine] = {
         "preset:onnxruntime",
     ),
     "static-best": Engine(
-        "onnxruntime int8 (quantize_static)",
+        "onnxruntime quantize_static",
         ("onnxruntime",),
         partial(load_onnxruntime_static, "best"),
         "static:best",
@@ -303,7 +303,7 @@ for _target in TARGETS:
                 f"{_title}, {_target} file", (_runtime,), partial(_load, _target), f"preset:{_target}", preset=True
             )
 ENGINES["static-default"] = Engine(
-    "quantize_static, default settings",
+    "quantize_static, default",
     ("onnxruntime",),
     partial(load_onnxruntime_static, "default"),
     "static:default",
