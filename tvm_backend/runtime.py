@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,11 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from quantizers.errors import ArtifactError, TargetError
+from quantizers.errors import TargetError
 from quantizers.integer.inputs import check_finite, check_inputs
-from tvm_backend.bundle import LIBRARY, Bundle, load_bundle
+from tvm_backend.bundle import Bundle, load_bundle
 from tvm_backend.gpu.runtime import CudaProgram
-from tvm_backend.imports import import_runtime, tvm_version
+from tvm_backend.library import load_library
 from tvm_backend.memory import allocate, gather
 from tvm_backend.schedule import ARENA, CONSTANT, INPUT, Argument
 from tvm_backend.targets import check_runnable, is_cuda
@@ -62,20 +61,10 @@ class CompiledProgram:
         check_runnable(bundle.target, bundle.arch, bundle.cpu_features)
         self.bundle = bundle
         self.threads = check_threads(threads)
-        if bundle.tvm_version != tvm_version():
-            raise ArtifactError(
-                f"the bundle was compiled with TVM {bundle.tvm_version}, installed is {tvm_version()}; "
-                "build the bundle again, or install the version that built it"
-            )
-        runtime = import_runtime()
+        runtime, self._library = load_library(bundle)
         # All calls share one arena.
         self._running = threading.Lock()
         self._tensor: Callable[[Array], Any] = runtime.from_dlpack
-        with tempfile.TemporaryDirectory() as scratch:
-            # The loader maps the file, so it may go as soon as it is loaded.
-            path = Path(scratch) / LIBRARY
-            path.write_bytes(bundle.library)
-            self._library = runtime.load_module(str(path))
         self._constants = gather(bundle.constants)
         self._expected = [(np.dtype(kind.dtype), kind.shape) for _, kind in bundle.inputs]
         self._prepared: dict[int, _Prepared] = {}

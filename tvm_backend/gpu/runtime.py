@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 import platform
-import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from quantizers.errors import ArtifactError, TargetError
+from quantizers.errors import TargetError
 from quantizers.integer.inputs import check_finite, check_inputs
-from tvm_backend.bundle import LIBRARY, Bundle
+from tvm_backend.bundle import Bundle
 from tvm_backend.gpu.driver import Driver, Graph
 from tvm_backend.gpu.tensors import DeviceArray
-from tvm_backend.imports import import_runtime, tvm_version
+from tvm_backend.library import load_library
 from tvm_backend.schedule import CONSTANT, INPUT, Argument
 
 Array = npt.NDArray[np.generic]
@@ -56,22 +54,12 @@ class CudaProgram:
                 f"the bundle's host code was built for {bundle.arch}, this machine is {platform.machine()}; "
                 "build it again here"
             )
-        if bundle.tvm_version != tvm_version():
-            raise ArtifactError(
-                f"the bundle was compiled with TVM {bundle.tvm_version}, installed is {tvm_version()}; "
-                "build the bundle again, or install the version that built it"
-            )
         self.bundle = bundle
         self._driver = driver or Driver()
         self._driver.use()
-        self._runtime = runtime = import_runtime()
-        self._tensor: Callable[[DeviceArray], Any] = runtime.from_dlpack
+        self._runtime, self._library = load_library(bundle)
+        self._tensor: Callable[[DeviceArray], Any] = self._runtime.from_dlpack
         self._running = threading.Lock()
-        with tempfile.TemporaryDirectory() as scratch:
-            # The loader maps the file, so it may go as soon as it is loaded.
-            path = Path(scratch) / LIBRARY
-            path.write_bytes(bundle.library)
-            self._library = runtime.load_module(str(path))
         self._constants = [self._placed(array) for array in bundle.constants]
         self._prepared: dict[int, _Prepared] = {}
         self._inputs: list[int] = []
