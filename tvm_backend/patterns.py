@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from quantizers.integer.bounds import Interval
 from quantizers.integer.program import IntegerProgram, Node
-from tvm_backend.kernels.cpu.attention import Attention
-from tvm_backend.kernels.cpu.score_stages import ScoreStage
+from tvm_backend.kernels.shared.attention import Attention, ScoreStage
 from tvm_backend.kernels.shared.epilogue import Epilogue, Rescale, fits_int32, operand_zero_point
 from tvm_backend.strides import VIEWS, Strided, strided_source, strided_target
 

@@ -79,9 +79,11 @@ class _Planner:
         self._chains: dict[str, tuple[str, tuple[Node, ...]]] = {}
         self._steps: list[Step] = []
         groups = Patterns(program, bounds).find()
-        if self._kernels.attention is None:
-            groups = {name: group for name, group in groups.items() if isinstance(group, FusedLinear)}
-        self._groups = groups
+        self._groups = {
+            name: group
+            for name, group in groups.items()
+            if isinstance(group, FusedLinear) or self._kernels.attention_fits(group.rule)
+        }
 
     def run(self) -> Plan:
         inside = {
@@ -116,7 +118,6 @@ class _Planner:
 
     def _attention(self, group: FusedAttention) -> None:
         operands = tuple(self._values[name] for name in group.operands)
-        assert self._kernels.attention is not None
         kernel = self._kernels.attention(group.rule, operands, self._target)
         macs = sum(
             _macs(node, [self._values[name] for name in node.inputs]) for node in group.members if node.op == "matmul"

@@ -22,6 +22,7 @@ from tvm_backend.kernels.shared.arithmetic import literal
 from tvm_backend.kernels.shared.function import Function, script
 from tvm_backend.memory import aligned
 from tvm_backend.runtime import CompiledProgram
+from tvm_backend.schedule import Call, Schedule
 from tvm_backend.targets import NATIVE, CpuTarget, get_cpu_target
 from tvm_backend.threads import check_threads, set_threads
 
@@ -41,6 +42,7 @@ class KernelTime:
         shape: of the operand and of the result, for people.
         calls: how many.
         macs: multiplications and additions of 8-bit codes of all calls.
+        size: bytes that all calls read and write, each array once.
         median_ms: sum of the calls' medians.
     """
 
@@ -48,6 +50,7 @@ class KernelTime:
     shape: str
     calls: int
     macs: int
+    size: int
     median_ms: float
 
 
@@ -66,18 +69,35 @@ def profile(compiled: CompiledProgram, *inputs: npt.NDArray[np.float32], rounds:
         UsageError: ``rounds`` is not positive.
         DataError: the inputs are not what the program takes.
     """
-    batch = len(inputs[0])
     (seconds,) = median_call_seconds([compiled], *inputs, rounds=rounds)
-    groups: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    for call, median in zip(compiled.bundle.schedule.calls, seconds, strict=True):
+    return by_kernel(compiled.bundle.schedule, len(inputs[0]), [1000 * taken for taken in seconds])
+
+
+def by_kernel(schedule: Schedule, batch: int, times: Sequence[float]) -> list[KernelTime]:
+    """Put calls of one kind on equal shapes together, slowest first.
+
+    Args:
+        schedule: of a program.
+        batch: samples.
+        times: milliseconds of each call.
+    """
+    groups: dict[tuple[str, str], list[tuple[Call, float]]] = {}
+    for call, taken in zip(schedule.calls, times, strict=True):
         first, last = call.arguments[0], call.arguments[-1]
-        shape = " -> ".join("x".join(map(str, (batch * a.rows, *a.tail))) for a in (first, last))
-        groups.setdefault((call.operators, shape), []).append((batch * call.macs, median))
-    times = [
-        KernelTime(kernel, shape, len(calls), sum(m for m, _ in calls), 1000 * sum(s for _, s in calls))
+        shape = " -> ".join("x".join(map(str, a.shape(batch))) for a in (first, last))
+        groups.setdefault((call.operators, shape), []).append((call, taken))
+    found = [
+        KernelTime(
+            kernel,
+            shape,
+            len(calls),
+            sum(batch * call.macs for call, _ in calls),
+            sum(argument.nbytes(batch) for call, _ in calls for argument in set(call.arguments)),
+            sum(taken for _, taken in calls),
+        )
         for (kernel, shape), calls in groups.items()
     ]
-    return sorted(times, key=lambda entry: -entry.median_ms)
+    return sorted(found, key=lambda entry: -entry.median_ms)
 
 
 def median_call_seconds(

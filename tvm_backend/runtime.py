@@ -140,8 +140,7 @@ class CompiledProgram:
             arguments: list[Any] = []
             for argument in call.arguments:
                 if argument.place == INPUT:
-                    shape = (batch * argument.rows, *argument.tail)
-                    inputs.append((len(calls), len(arguments), argument.position, shape))
+                    inputs.append((len(calls), len(arguments), argument.position, argument.shape(batch)))
                     arguments.append(None)
                 else:
                     arguments.append(self._tensor(self._view(argument, batch)))
@@ -152,12 +151,11 @@ class CompiledProgram:
 
     def _view(self, argument: Argument, batch: int) -> Array:
         if argument.place == CONSTANT:
-            return self._constants[argument.position].reshape(argument.rows, *argument.tail)
+            return self._constants[argument.position].reshape(argument.shape(batch))
         assert argument.place == ARENA
-        shape = (batch * argument.rows, *argument.tail)
         start = batch * argument.position
-        size = int(np.prod(shape)) * np.dtype(argument.dtype).itemsize
-        return self._arena[start : start + size].view(argument.dtype).reshape(shape)
+        stored = self._arena[start : start + argument.nbytes(batch)]
+        return stored.view(argument.dtype).reshape(argument.shape(batch))
 
 
 def load(directory: Path | str, threads: int | None = None) -> CompiledProgram | CudaProgram:

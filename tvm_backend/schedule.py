@@ -38,6 +38,14 @@ class Argument:
     rows: int
     tail: tuple[int, ...]
 
+    def shape(self, batch: int) -> tuple[int, ...]:
+        """Return the extents for a batch size."""
+        return (self.rows if self.place == CONSTANT else batch * self.rows, *self.tail)
+
+    def nbytes(self, batch: int) -> int:
+        """Return the bytes for a batch size."""
+        return math.prod(self.shape(batch)) * np.dtype(self.dtype).itemsize
+
 
 @dataclass(frozen=True, slots=True)
 class Call:

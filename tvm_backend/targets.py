@@ -17,7 +17,7 @@ from tvm_backend.imports import import_tvm
 NATIVE, CUDA = "native", "cuda"
 #: Of GPUs, oldest first: what ``cuda`` alone stands for.
 CUDA_ARCHITECTURES = ("sm_80", "sm_90")
-_OLDEST, _TENSOR_CORES = 75, 80
+_OLDEST, _ASYNCHRONOUS = 75, 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +79,9 @@ class CudaTarget:
         return f"cuda:{','.join(self.architectures)}"
 
     @property
-    def tensor_cores(self) -> bool:
-        """Whether all have asynchronous copies and products of 16 by 8 by 32 codes."""
-        return int(self.architectures[0].removeprefix("sm_")) >= _TENSOR_CORES
+    def asynchronous_copies(self) -> bool:
+        """Whether all copy into shared memory on their own, and multiply 16 by 8 by 32 codes at once."""
+        return int(self.architectures[0].removeprefix("sm_")) >= _ASYNCHRONOUS
 
     @property
     def arch(self) -> str:

@@ -64,6 +64,14 @@ def emulated_driver() -> Driver:
     return Driver(str(library))
 
 
+def other_stream() -> int:
+    """Return the handle of a stream that is not the driver's own."""
+    emulated_driver()
+    get = ctypes.CDLL(str(Path(_folder().name) / "driver.so")).emulation_other_stream
+    get.restype = ctypes.c_void_p
+    return int(get())
+
+
 def emulate(
     program: IntegerProgram, architecture: str = "sm_80", change: Callable[[str], str] = lambda source: source
 ) -> CudaProgram:

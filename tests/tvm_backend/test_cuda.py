@@ -10,11 +10,15 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from support.cuda_emulated import emulate, emulated_driver
+from support.cuda_emulated import emulate, emulated_driver, other_stream
+from support.models import ours, recipe, spread
 from support.operator_programs import codes, extremes
 from support.programs import ProgramBuilder, random_block, random_images
 from tvm_ffi import from_dlpack, libinfo
 
+from calibration.engine import calibrate
+from calibration.integerize import integerize
+from calibration.trace import trace
 from quantizers.errors import DataError, TargetError
 from quantizers.integer.interpret import interpret
 from tvm_backend.build import build
@@ -23,7 +27,7 @@ from tvm_backend.gpu.driver import Driver
 from tvm_backend.gpu.nvcc import COMPILER, code_flags
 from tvm_backend.gpu.runtime import CudaProgram
 from tvm_backend.gpu.source import cuda_source
-from tvm_backend.gpu.tensors import DeviceArray
+from tvm_backend.gpu.tensors import DeviceArray, borrow
 from tvm_backend.lower import lower
 from tvm_backend.runtime import CompiledProgram, load
 from tvm_backend.targets import CUDA_ARCHITECTURES, CudaTarget, get_target
@@ -34,6 +38,14 @@ needs_no_driver = pytest.mark.skipif(
     subprocess.run(["sh", "-c", "ldconfig -p | grep -q libcuda.so.1"], check=False).returncode == 0,
     reason="this machine has an NVIDIA driver",
 )
+
+
+def placed(array: np.ndarray) -> DeviceArray:
+    """Return an array as a tensor of the emulated device, which is never freed."""
+    driver = emulated_driver()
+    address = driver.allocate(array.nbytes)
+    driver.upload(address, np.ascontiguousarray(array))
+    return DeviceArray(address, array.shape, array.dtype.name)
 
 
 def test_names_of_targets() -> None:
@@ -135,10 +147,11 @@ def test_a_bundle_is_refused_without_a_driver(tmp_path) -> None:
 # On a device that the CPU emulates --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_80"])
 @pytest.mark.parametrize("dtype", ["int8", "uint8"])
-@pytest.mark.parametrize("depth", [16, 64, 208])
-def test_products_on_tensor_cores(depth: int, dtype: str, check) -> None:
-    """Depths that end inside a step, rows and columns that end inside a tile, and the extremes of both operands."""
+@pytest.mark.parametrize("depth", [16, 27, 64, 72, 588])
+def test_products_on_tensor_cores(depth: int, dtype: str, architecture: str, check) -> None:
+    """Depths that end inside a step or a word, rows and columns that end inside a tile, the extremes of operands."""
     rng = np.random.default_rng(depth)
     b = ProgramBuilder(67, depth)
     x = codes(b, dtype, 67, depth)
@@ -148,9 +161,67 @@ def test_products_on_tensor_cores(depth: int, dtype: str, check) -> None:
         bias = rng.integers(-1000, 1000, count).astype(np.int32)
         outputs.append(b.node("linear", (x, b.constant(weight), b.constant(bias)), "int32", (67, count)))
     program = b.build(*outputs)
-    compiled = emulate(program)
+    compiled = emulate(program, architecture)
     for batch in (1, 2, 3):
         check(program, compiled, extremes(rng, batch, 67, depth))
+
+
+def test_layers_share_their_kernels() -> None:
+    """Multipliers, shifts and zero points are arguments: nvcc sees each shape of layer once."""
+    counts = []
+    for depth in (2, 3):
+        x = torch.randn((4, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+        result = calibrate(trace(spread(ours(depth=depth)), (x[:2],)), [(image,) for image in x], recipe())
+        counts.append(len(lower(integerize(result), CudaTarget(("sm_80",))).module.functions))
+    assert counts[0] == counts[1]
+
+
+def test_tensors_of_the_device(check) -> None:
+    """Inputs and outputs stay there, on a stream of the caller's, one run after the other."""
+    program = random_block(0)
+    compiled, driver = emulate(program), emulated_driver()
+    stream = other_stream()
+    pending = []
+    for batch in (2, 1, 2):
+        images = random_images(program, batch, seed=batch)
+        inputs = [placed(images)]
+        outputs = [placed(np.full((batch, *kind.shape), 7, kind.dtype)) for _, kind in compiled.bundle.outputs]
+        pending.append((compiled.enqueue(inputs, outputs, stream), images, outputs))
+    for run, images, outputs in pending:
+        run.wait()
+        for output, wanted in zip(outputs, interpret(program, torch.from_numpy(images)), strict=True):
+            lent = borrow(output, "output")
+            np.testing.assert_array_equal(driver.download(lent.address, lent.shape, lent.dtype), wanted.numpy())
+    check(program, compiled, random_images(program, 3, seed=3))
+
+
+def test_values_that_are_not_finite_are_said_after_waiting() -> None:
+    program = random_block(0)
+    compiled = emulate(program)
+    images = random_images(program, 2, seed=0)
+    outputs = [placed(np.zeros((2, *kind.shape), kind.dtype)) for _, kind in compiled.bundle.outputs]
+    damaged = images.copy()
+    damaged[1, 0, -1, -1] = np.nan
+    run = compiled.enqueue([placed(damaged)], outputs, other_stream())
+    with pytest.raises(DataError, match="NaN or infinity"):
+        run.wait()
+    del run
+    compiled.enqueue([placed(images)], outputs, other_stream()).wait()
+
+
+def test_tensors_that_do_not_fit_are_refused() -> None:
+    program = random_block(0)
+    compiled = emulate(program)
+    images = random_images(program, 2, seed=0)
+    good = [placed(np.zeros((2, *kind.shape), kind.dtype)) for _, kind in compiled.bundle.outputs]
+    with pytest.raises(DataError, match="input 0 is a list; expected a tensor on the GPU"):
+        compiled.enqueue([images.tolist()], good, other_stream())
+    with pytest.raises(DataError, match="input 0 does not lie on GPU 0"):
+        compiled.enqueue([torch.from_numpy(images)], good, other_stream())
+    with pytest.raises(DataError, match="outputs are none; expected"):
+        compiled.enqueue([placed(images)], [], other_stream())
+    with pytest.raises(DataError):
+        compiled.enqueue([placed(images[..., :-1])], good, other_stream())
 
 
 def test_a_missing_barrier_is_noticed() -> None:
@@ -232,5 +303,5 @@ def test_a_capture_that_fails_leaves_the_stream_usable() -> None:
         raise RuntimeError("a launch failed")
     with driver.capture() as graph:
         pass
-    driver.launch(graph)
+    driver.launch(graph, driver.stream)
     driver.drop(graph)

@@ -9,10 +9,8 @@ from support.operator_programs import CASES, PRODUCTS, WIDTH, Case, case, codes,
 from support.programs import ProgramBuilder
 
 from quantizers.integer.ops import OPS
-from tvm_backend.build import build
 from tvm_backend.kernels.cpu import emitters as cpu
 from tvm_backend.kernels.cuda import emitters as cuda
-from tvm_backend.runtime import CompiledProgram
 
 pytestmark = pytest.mark.tvm
 
@@ -53,7 +51,7 @@ def test_linear_with_many_rows_shares_them_otherwise(target, check):
     run(case(b, outputs), check, target)
 
 
-@pytest.mark.parametrize("target", ["native", "x86-64"])
+@pytest.mark.parametrize("target", ["native", "x86-64", EMULATED])
 @pytest.mark.parametrize("bits", [3, 4])
 def test_linear_with_narrow_weights(bits, target, check):
     rng = np.random.default_rng(7)
@@ -66,8 +64,12 @@ def test_linear_with_narrow_weights(bits, target, check):
         weight[0], bias = -half, rng.integers(-1000, 1000, count).astype(np.int32)
         outputs.append(b.node("linear", (x, b.constant(weight), b.constant(bias)), "int32", (45, count)))
     program = b.build(*outputs)
-    bundle = build(program, target)
-    weights = [array for array in bundle.constants if array.dtype == np.uint8]
+    compiled = compile_for(program, target)
+    weights = [array for array in compiled.bundle.constants if array.dtype == np.uint8]
     assert len(weights) == 4
-    assert sum(array.nbytes for array in weights) < 1.5 * bits / 8 * WIDTH * (16 + 32 + 64 + 144) + 4 * 96
-    check(program, CompiledProgram(bundle), extremes(rng, 3, 45, WIDTH))
+    if target == EMULATED:
+        # Whole tiles of 64 columns and depths.
+        assert sum(array.nbytes for array in weights) == (64 + 64 + 64 + 192) * 64 * bits // 8
+    else:
+        assert sum(array.nbytes for array in weights) < 1.5 * bits / 8 * WIDTH * (16 + 32 + 64 + 144) + 4 * 96
+    check(program, compiled, extremes(rng, 3, 45, WIDTH))

@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.attention import Shape, attention_program, mlp_program, tied_attention
+from support.cuda_emulated import emulate
 
 from quantizers.integer.interpret import interpret
 from quantizers.integer.program import IntegerProgram
@@ -19,6 +20,8 @@ from tvm_backend.threads import usable_processors
 
 pytestmark = pytest.mark.tvm
 
+#: Of GPUs as the CPU emulates them: before and after asynchronous copies.
+ARCHITECTURES = ("sm_75", "sm_80")
 RUNNABLE = [t.name for t in TARGETS.values() if t.arch == "x86_64" and cpu_features().issuperset(t.features)]
 shapes = st.builds(
     Shape,
@@ -43,11 +46,15 @@ def images(program: IntegerProgram, batch: int, seed: int) -> np.ndarray:
 
 def compare(program: IntegerProgram, target: str, batch: int, seed: int) -> None:
     verify(program)
-    bundle = build(program, target)
+    if target in ARCHITECTURES:
+        programs = [emulate(program, target)]
+    else:
+        bundle = build(program, target)
+        programs = [CompiledProgram(bundle, threads) for threads in range(1, min(2, usable_processors()) + 1)]
     batches = images(program, batch, seed)
     wanted = [value.numpy() for value in interpret(program, torch.from_numpy(batches))]
-    for threads in range(1, min(2, usable_processors()) + 1):
-        for got, want in zip(CompiledProgram(bundle, threads)(batches), wanted, strict=True):
+    for compiled in programs:
+        for got, want in zip(compiled(batches), wanted, strict=True):
             np.testing.assert_array_equal(got, want, strict=True)
 
 
@@ -64,22 +71,47 @@ def test_linears_with_epilogues(shape: Shape, batch: int, target: str) -> None:
     compare(mlp_program(shape), target, batch, shape.seed)
 
 
+@relaxed
+@given(shapes, st.integers(1, 3), st.sampled_from(ARCHITECTURES))
+def test_attention_on_tensor_cores(shape: Shape, batch: int, architecture: str) -> None:
+    compare(attention_program(shape), architecture, batch, shape.seed)
+
+
+@relaxed
+@given(shapes, st.integers(1, 3), st.sampled_from(ARCHITECTURES))
+def test_linears_on_tensor_cores(shape: Shape, batch: int, architecture: str) -> None:
+    compare(mlp_program(shape), architecture, batch, shape.seed)
+
+
+@pytest.mark.parametrize("tokens", [197, 1300])
+def test_long_rows_of_scores(tokens: int) -> None:
+    """They stay in the registers of a GPU as long as these suffice; beyond, operators have a kernel each."""
+    program = attention_program(Shape(tokens, 1, 8, 5))
+    compiled = emulate(program)
+    batches = images(program, 1, 0)
+    (wanted,) = interpret(program, torch.from_numpy(batches))
+    np.testing.assert_array_equal(compiled(batches)[0], wanted.numpy(), strict=True)
+    assert ("attention" in [call.operators for call in compiled.bundle.schedule.calls]) == (tokens == 197)
+
+
 @pytest.mark.parametrize("windows", [None, 3])
 @pytest.mark.parametrize(("seed", "entries"), [(0, 1), (3, 2)])
 def test_attention_is_one_kernel(seed: int, entries: int, windows: int | None) -> None:
     program = attention_program(Shape(7, 2, 8, seed, windows))
     numerators = [program.constants[node.inputs[2]].size for node in program.nodes if node.op == "normalize_rows"]
     assert numerators == [entries]
-    calls = [call.operators for call in build(program).schedule.calls]
-    assert "attention" in calls
-    assert not any("matmul" in operators for operators in calls)
+    for bundle in (build(program), emulate(program).bundle):
+        calls = [call.operators for call in bundle.schedule.calls]
+        assert "attention" in calls
+        assert not any("matmul" in operators for operators in calls)
 
 
-@pytest.mark.parametrize("target", RUNNABLE)
+@pytest.mark.parametrize("target", [*RUNNABLE, *ARCHITECTURES])
 def test_exact_ties_of_each_head_go_up(target: str) -> None:
     program = tied_attention((1, 3, 5), 70)
     codes = np.arange(-128, 128).repeat(210)[::-1].reshape(-1, 3, 1, 70).astype(np.float32)
-    (found,) = CompiledProgram(build(program, target))(codes)
+    emulated = target in ARCHITECTURES
+    (found,) = (emulate(program, target) if emulated else CompiledProgram(build(program, target)))(codes)
     expected = np.floor(codes * np.array([1, 3, 5]).reshape(-1, 1, 1) / 2 + 0.5).clip(-128, 127)
     np.testing.assert_array_equal(found, expected)
 

@@ -19,6 +19,8 @@ LIBRARY = "libcuda.so.1"
 _MAJOR, _MINOR = 75, 76
 #: A stream that does not wait for the default one, and a capture that other threads do not disturb.
 _NON_BLOCKING, _THREAD_LOCAL = 1, 1
+#: Events that are only waited for.
+_NO_TIMING = 2
 
 
 class Graph:
@@ -59,7 +61,7 @@ class Driver:
         self.use()
         stream = ctypes.c_void_p()
         self._call("cuStreamCreate", ctypes.byref(stream), ctypes.c_uint(_NON_BLOCKING))
-        #: All work of this driver goes through one stream, whose handle this is.
+        #: Of a stream of its own, for all work that is not given another.
         self.stream: int = stream.value or 0
 
     def _call(self, function: str, *arguments: Any) -> None:
@@ -98,13 +100,58 @@ class Driver:
         # Pageable memory has been read when this returns, so the array may change afterwards.
         self._call("cuMemcpyHtoDAsync_v2", ctypes.c_uint64(address), source, size, ctypes.c_void_p(self.stream))
 
+    def copy(self, target: int, source: int, size: int, stream: int) -> None:
+        """Copy from device to device."""
+        addresses = ctypes.c_uint64(target), ctypes.c_uint64(source)
+        self._call("cuMemcpyDtoDAsync_v2", *addresses, ctypes.c_size_t(size), ctypes.c_void_p(stream))
+
+    def host_memory(self, size: int) -> Array:
+        """Return bytes of the host that the device writes to while the host goes on; kept until the process ends."""
+        address = ctypes.c_void_p()
+        self._call("cuMemAllocHost_v2", ctypes.byref(address), ctypes.c_size_t(size))
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address.value or 0))
+
+    def write_host(self, target: Array, source: int, stream: int) -> None:
+        """Fill memory of :meth:`host_memory` from the device."""
+        place, size = ctypes.c_void_p(target.ctypes.data), ctypes.c_size_t(target.nbytes)
+        self._call("cuMemcpyDtoHAsync_v2", place, ctypes.c_uint64(source), size, ctypes.c_void_p(stream))
+
+    def event(self, *, timed: bool = False) -> int:
+        """Return a new event, which notes the time where asked to."""
+        made = ctypes.c_void_p()
+        self._call("cuEventCreate", ctypes.byref(made), ctypes.c_uint(0 if timed else _NO_TIMING))
+        return made.value or 0
+
+    def elapsed_ms(self, start: int, end: int) -> float:
+        """Return the device's time between two timed events, once the second one has happened."""
+        self.wait(end)
+        found = ctypes.c_float()
+        self._call("cuEventElapsedTime", ctypes.byref(found), ctypes.c_void_p(start), ctypes.c_void_p(end))
+        return found.value
+
+    def record(self, event: int, stream: int) -> None:
+        """Let an event happen when all that is on a stream now is done."""
+        self._call("cuEventRecord", ctypes.c_void_p(event), ctypes.c_void_p(stream))
+
+    def let_wait(self, stream: int, event: int) -> None:
+        """Let what comes later on a stream wait for an event."""
+        self._call("cuStreamWaitEvent", ctypes.c_void_p(stream), ctypes.c_void_p(event), ctypes.c_uint(0))
+
+    def wait(self, event: int) -> None:
+        """Wait for an event."""
+        self._call("cuEventSynchronize", ctypes.c_void_p(event))
+
     def download(self, address: int, shape: Sequence[int], dtype: str) -> Array:
         """Return an array of what lies on the device, once all earlier work on the stream is done."""
         array: Array = np.empty(shape, dtype)
         target, size = ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes)
         self._call("cuMemcpyDtoHAsync_v2", target, ctypes.c_uint64(address), size, ctypes.c_void_p(self.stream))
-        self._call("cuStreamSynchronize", ctypes.c_void_p(self.stream))
+        self.synchronize()
         return array
+
+    def synchronize(self) -> None:
+        """Wait for the driver's own stream."""
+        self._call("cuStreamSynchronize", ctypes.c_void_p(self.stream))
 
     @contextmanager
     def capture(self) -> Iterator[Graph]:
@@ -119,9 +166,9 @@ class Driver:
         self._call("cuGraphInstantiateWithFlags", ctypes.byref(made.handle), recorded, ctypes.c_ulonglong(0))
         self._call("cuGraphDestroy", recorded)
 
-    def launch(self, graph: Graph) -> None:
-        """Run a recorded graph on the stream."""
-        self._call("cuGraphLaunch", graph.handle, ctypes.c_void_p(self.stream))
+    def launch(self, graph: Graph, stream: int) -> None:
+        """Run a recorded graph on a stream."""
+        self._call("cuGraphLaunch", graph.handle, ctypes.c_void_p(stream))
 
     def drop(self, graph: Graph) -> None:
         """Forget a graph."""

@@ -10,9 +10,12 @@ from tvm_backend.kernels.cpu import emitters as cpu
 from tvm_backend.kernels.cpu.attention import emit_attention
 from tvm_backend.kernels.cpu.linear import emit_linear
 from tvm_backend.kernels.cuda import emitters as cuda
+from tvm_backend.kernels.cuda.attention import emit_attention as emit_cuda_attention
+from tvm_backend.kernels.cuda.attention import fits
 from tvm_backend.kernels.cuda.linear import emit_linear as emit_cuda_linear
 from tvm_backend.kernels.cuda.threads import Threads
 from tvm_backend.kernels.kernel import Kernel
+from tvm_backend.kernels.shared.attention import Attention
 from tvm_backend.targets import CudaTarget, Target
 
 
@@ -23,18 +26,20 @@ class KernelSet:
     Args:
         emitters: by operator.
         linear: of a linear with an epilogue.
-        attention: of a whole attention; None where its operators have a kernel each.
+        attention: of a whole attention.
+        attention_fits: whether it can be written for one; where not, its operators have a kernel each.
         words: that replace TVM's while any of them writes, None for no other.
     """
 
     emitters: Mapping[str, Callable[..., Kernel]]
     linear: Callable[..., Kernel]
-    attention: Callable[..., Kernel] | None
+    attention: Callable[..., Kernel]
+    attention_fits: Callable[[Attention], bool]
     words: Any = None
 
 
-_CPU = KernelSet(cpu.EMITTERS, emit_linear, emit_attention)
-_CUDA = KernelSet(cuda.EMITTERS, emit_cuda_linear, None, Threads())
+_CPU = KernelSet(cpu.EMITTERS, emit_linear, emit_attention, lambda _: True)
+_CUDA = KernelSet(cuda.EMITTERS, emit_cuda_linear, emit_cuda_attention, fits, Threads())
 
 
 def kernel_set(target: Target) -> KernelSet:

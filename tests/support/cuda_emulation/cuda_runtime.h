@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <initializer_list>
 #include <vector>
 
 #define __global__
@@ -181,31 +182,43 @@ inline void wait_for_groups(size_t but) {
   }
 }
 
-// ldmatrix .x4: lanes 8 i to 8 i + 7 point at the eight rows of matrix i; a lane gets four bytes of each.
-inline void load_matrices(uint32_t* words[4], uint32_t row) {
+// ldmatrix: lanes 8 i to 8 i + 7 point at the eight rows of matrix i. A lane gets four bytes of a row of each matrix;
+// transposed, two bytes of each of two rows.
+inline void load_matrices(std::initializer_list<uint32_t*> words, uint32_t row, bool transposed) {
   Shown mine{};
   mine.words[0] = row;
   const Shown* shown = exchange(mine);
-  unsigned lane = current->number % WARP;
-  for (unsigned i = 0; i < 4; ++i) memcpy(words[i], address(shown[8 * i + lane / 4].words[0]) + lane % 4 * 4, 4);
+  unsigned lane = current->number % WARP, i = 0;
+  for (uint32_t* word : words) {
+    if (transposed) {
+      for (unsigned part = 0; part < 2; ++part)
+        memcpy((char*)word + 2 * part, address(shown[8 * i + lane % 4 * 2 + part].words[0]) + lane / 4 * 2, 2);
+    } else {
+      memcpy(word, address(shown[8 * i + lane / 4].words[0]) + lane % 4 * 4, 4);
+    }
+    ++i;
+  }
 }
 
-// mma.m16n8k32: lane 4 g + q holds rows g and g + 8 and column g, depths 4 q and 16 + 4 q, and sums of columns 2 q.
-inline void multiply(uint32_t* sums[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const uint32_t (&c)[4], bool left_signed) {
+// Sums of codes: lane 4 g + q holds row g of the left operand and column g of the right one, depths 4 q and on, and
+// sums of columns 2 q. With 16 rows, words 0 and 2 are row g, 1 and 3 row g + 8; with 32 depths, words come in pairs.
+inline void multiply(std::initializer_list<uint32_t*> sums, std::initializer_list<uint32_t> a, std::initializer_list<uint32_t> b,
+                     std::initializer_list<uint32_t> c, bool left_signed, bool right_signed) {
   Shown mine{};
-  for (int i = 0; i < 4; ++i) mine.words[i] = a[i];
-  for (int i = 0; i < 2; ++i) mine.words[4 + i] = b[i];
+  unsigned i = 0, halves = a.size() / b.size(), depth = 16 * b.size();
+  for (uint32_t word : a) mine.words[i++] = word;
+  for (uint32_t word : b) mine.words[i++] = word;
   const Shown* shown = exchange(mine);
   unsigned lane = current->number % WARP, g = lane / 4, q = lane % 4;
-  for (unsigned i = 0; i < 4; ++i) {
-    unsigned upper = i / 2, column = 2 * q + i % 2;
-    uint32_t total = c[i];
-    for (unsigned k = 0; k < 32; ++k) {
-      uint32_t left = shown[4 * g + k % 16 / 4].words[upper + k / 16 * 2];
-      uint32_t right = shown[4 * column + k % 16 / 4].words[4 + k / 16];
-      total += (uint32_t)(code(left, k % 4, left_signed) * code(right, k % 4, true));
+  for (i = 0; i < sums.size(); ++i) {
+    unsigned half = i / 2, column = 2 * q + i % 2;
+    uint32_t total = c.begin()[i];
+    for (unsigned k = 0; k < depth; ++k) {
+      uint32_t left = shown[4 * g + k % 16 / 4].words[half + k / 16 * halves];
+      uint32_t right = shown[4 * column + k % 16 / 4].words[a.size() + k / 16];
+      total += (uint32_t)(code(left, k % 4, left_signed) * code(right, k % 4, right_signed));
     }
-    *sums[i] = total;
+    *sums.begin()[i] = total;
   }
 }
 
@@ -258,24 +271,83 @@ template <class T> inline T __shfl_xor_sync(unsigned, T value, int lanes, int = 
 inline unsigned __shfl_sync(unsigned, unsigned value, int, int = 32) { return value; }
 
 // The instructions, by the names of TVM's wrappers.
-inline void tvm_builtin_ptx_cp_async_cg_async_cg_shared_global_16(uint32_t target, const void* source) {
-  emulation::copy_later(target, source, 16, 16);
-}
-inline void tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_16(uint32_t target, const void* source, uint32_t valid) {
-  emulation::copy_later(target, source, 16, valid);
-}
+#define EMULATED_COPY(kind, size)                                                                                    \
+  inline void tvm_builtin_ptx_cp_async_##kind##_async_##kind##_shared_global_##size(uint32_t target,                 \
+                                                                                    const void* source) {            \
+    emulation::copy_later(target, source, size, size);                                                               \
+  }                                                                                                                  \
+  inline void tvm_builtin_ptx_cp_async_##kind##_src_size_async_##kind##_shared_global_##size(                        \
+      uint32_t target, const void* source, uint32_t valid) {                                                         \
+    emulation::copy_later(target, source, size, valid);                                                              \
+  }
+EMULATED_COPY(cg, 16)
+EMULATED_COPY(ca, 8)
+EMULATED_COPY(ca, 4)
 inline void tvm_builtin_ptx_cp_async_commit_group_async_commit_group() { emulation::close_group(); }
 inline void tvm_builtin_ptx_cp_async_wait_group_async_wait_group_1() { emulation::wait_for_groups(1); }
-inline void tvm_builtin_ptx_ldmatrix_sync_aligned_m8n8_x4_shared_b16(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t row) {
-  uint32_t* words[] = {&a, &b, &c, &d};
-  emulation::load_matrices(words, row);
+inline void tvm_builtin_ptx_ldmatrix_sync_aligned_m8n8_x2_shared_b16(uint32_t& a, uint32_t& b, uint32_t row) {
+  emulation::load_matrices({&a, &b}, row, false);
 }
-#define EMULATED_MULTIPLY(kind, left_signed)                                                                         \
-  inline void tvm_builtin_ptx_mma_int_sync_aligned_m16n8k32_row_col_s32_##kind##_s8_s32(                             \
-      uint32_t& d0, uint32_t& d1, uint32_t& d2, uint32_t& d3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,    \
-      uint32_t b0, uint32_t b1, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {                                \
-    uint32_t* sums[] = {&d0, &d1, &d2, &d3};                                                                         \
-    emulation::multiply(sums, {a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}, left_signed);                            \
+inline void tvm_builtin_ptx_ldmatrix_sync_aligned_m8n8_x4_shared_b16(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t row) {
+  emulation::load_matrices({&a, &b, &c, &d}, row, false);
+}
+inline void tvm_builtin_ptx_ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t row) {
+  emulation::load_matrices({&a, &b, &c, &d}, row, true);
+}
+inline void tvm_builtin_ptx_prmt_b32(uint32_t& d, uint32_t a, uint32_t b, uint32_t selector) {
+  uint64_t bytes = (uint64_t)b << 32 | a;
+  d = 0;
+  for (int i = 0; i < 4; ++i) d |= (uint32_t)(bytes >> (8 * (selector >> (4 * i) & 7)) & 255) << (8 * i);
+}
+// Words are read and written where they are wanted, at multiples of all that is moved at once.
+template <size_t count> inline const uint32_t* aligned_words(const void* place) {
+  if ((uintptr_t)place % (4 * count)) abort();
+  return (const uint32_t*)place;
+}
+inline void tvm_builtin_ptx_ld_global_b32(uint32_t& a, const void* from) { a = *aligned_words<1>(from); }
+inline void tvm_builtin_ptx_ld_shared_b32(uint32_t& a, uint32_t from) { a = *aligned_words<1>(emulation::address(from)); }
+inline void tvm_builtin_ptx_ld_vec_global_v2_b32(uint32_t& a, uint32_t& b, const void* from) {
+  const uint32_t* words = aligned_words<2>(from);
+  a = words[0], b = words[1];
+}
+inline void tvm_builtin_ptx_ld_vec_shared_v2_b32(uint32_t& a, uint32_t& b, uint32_t from) {
+  tvm_builtin_ptx_ld_vec_global_v2_b32(a, b, emulation::address(from));
+}
+inline void tvm_builtin_ptx_ld_vec_global_v4_b32(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void* from) {
+  const uint32_t* words = aligned_words<4>(from);
+  a = words[0], b = words[1], c = words[2], d = words[3];
+}
+inline void tvm_builtin_ptx_ld_vec_shared_v4_b32(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t from) {
+  tvm_builtin_ptx_ld_vec_global_v4_b32(a, b, c, d, emulation::address(from));
+}
+inline void tvm_builtin_ptx_st_global_b32(const void* to, uint32_t a) { *(uint32_t*)aligned_words<1>(to) = a; }
+inline void tvm_builtin_ptx_st_shared_b32(uint32_t to, uint32_t a) { tvm_builtin_ptx_st_global_b32(emulation::address(to), a); }
+inline void tvm_builtin_ptx_st_vec_global_v2_b32(const void* to, uint32_t a, uint32_t b) {
+  uint32_t* words = (uint32_t*)aligned_words<2>(to);
+  words[0] = a, words[1] = b;
+}
+inline void tvm_builtin_ptx_st_vec_shared_v2_b32(uint32_t to, uint32_t a, uint32_t b) {
+  tvm_builtin_ptx_st_vec_global_v2_b32(emulation::address(to), a, b);
+}
+inline void tvm_builtin_ptx_st_vec_global_v4_b32(const void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  uint32_t* words = (uint32_t*)aligned_words<4>(to);
+  words[0] = a, words[1] = b, words[2] = c, words[3] = d;
+}
+inline void tvm_builtin_ptx_st_vec_shared_v4_b32(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  tvm_builtin_ptx_st_vec_global_v4_b32(emulation::address(to), a, b, c, d);
+}
+#define EMULATED_MULTIPLY(left, right)                                                                                 \
+  inline void tvm_builtin_ptx_mma_int_sync_aligned_m16n8k32_row_col_s32_##left##_##right##_s32(                        \
+      uint32_t& d0, uint32_t& d1, uint32_t& d2, uint32_t& d3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,      \
+      uint32_t b0, uint32_t b1, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {                                  \
+    emulation::multiply({&d0, &d1, &d2, &d3}, {a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}, #left[0] == 's',           \
+                        #right[0] == 's');                                                                             \
+  }                                                                                                                    \
+  inline void tvm_builtin_ptx_mma_int_sync_aligned_m8n8k16_row_col_s32_##left##_##right##_s32(                         \
+      uint32_t& d0, uint32_t& d1, uint32_t a, uint32_t b, uint32_t c0, uint32_t c1) {                                  \
+    emulation::multiply({&d0, &d1}, {a}, {b}, {c0, c1}, #left[0] == 's', #right[0] == 's');                            \
   }
-EMULATED_MULTIPLY(s8, true)
-EMULATED_MULTIPLY(u8, false)
+EMULATED_MULTIPLY(s8, s8)
+EMULATED_MULTIPLY(s8, u8)
+EMULATED_MULTIPLY(u8, s8)
+EMULATED_MULTIPLY(u8, u8)

@@ -4,7 +4,9 @@
 #include <unistd.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <functional>
 #include <map>
 #include <vector>
@@ -15,7 +17,12 @@ std::map<uint64_t, Block> blocks;
 
 typedef std::vector<std::function<void()>> Recorded;
 Recorded* capturing = nullptr;
-char stream;
+// The driver's own stream, another one that a caller might have, and whether an address is one of them.
+char streams[2];
+bool known(void* on) { return on == &streams[0] || on == &streams[1]; }
+struct Event { bool timed; double seconds; };
+std::map<uint64_t, Event> events;
+uint64_t last_event = 0x1000;
 }  // namespace
 
 extern "C" {
@@ -45,33 +52,53 @@ int cuMemFree_v2(uint64_t address) {
   blocks.erase(found);
   return 0;
 }
-int cuStreamCreate(void** made, unsigned) { *made = &stream; return 0; }
-int cuStreamSynchronize(void* on) { return on == &stream ? 0 : 1; }
+void* emulation_other_stream() { return &streams[1]; }
+int cuStreamCreate(void** made, unsigned) { *made = &streams[0]; return 0; }
+int cuStreamSynchronize(void* on) { return known(on) ? 0 : 1; }
+int cuEventCreate(void** made, unsigned flags) { events[++last_event] = {flags == 0, 0}; *made = (void*)last_event; return 0; }
+int cuEventRecord(void* event, void* on) {
+  if (!known(on) || !events.count((uint64_t)event)) return 1;
+  events[(uint64_t)event].seconds = clock() / (double)CLOCKS_PER_SEC;
+  return 0;
+}
+int cuEventElapsedTime(float* ms, void* start, void* end) {
+  const Event &first = events.at((uint64_t)start), &second = events.at((uint64_t)end);
+  *ms = 1000 * (second.seconds - first.seconds);
+  return first.timed && second.timed ? 0 : 1;
+}
+int cuStreamWaitEvent(void* on, void* event, unsigned) { return known(on) && events.count((uint64_t)event) ? 0 : 1; }
+int cuEventSynchronize(void* event) { return events.count((uint64_t)event) ? 0 : 1; }
+int cuMemAllocHost_v2(void** address, size_t size) { *address = malloc(size); return 0; }
 int cuMemcpyHtoDAsync_v2(uint64_t target, const void* source, size_t size, void* on) {
-  if (on != &stream || capturing) return 1;
+  if (!known(on) || capturing) return 1;
   memcpy((void*)target, source, size);
   return 0;
 }
+int cuMemcpyDtoDAsync_v2(uint64_t target, uint64_t source, size_t size, void* on) {
+  if (!known(on) || capturing) return 1;
+  memcpy((void*)target, (const void*)source, size);
+  return 0;
+}
 int cuMemcpyDtoHAsync_v2(void* target, uint64_t source, size_t size, void* on) {
-  if (on != &stream || capturing) return 1;
+  if (!known(on) || capturing) return 1;
   memcpy(target, (const void*)source, size);
   return 0;
 }
 
 // Kernels come here from the libraries that launch them: 0 runs one at once, 1 keeps it for the graph, 2 is a refusal.
 int emulation_launched(void* on, void (*run)(void*), void* closure) {
-  if (on != &stream) return 2;
+  if (!known(on)) return 2;
   if (!capturing) return 0;
   capturing->push_back([=]() { run(closure); });
   return 1;
 }
 int cuStreamBeginCapture_v2(void* on, int) {
-  if (on != &stream || capturing) return 1;
+  if (!known(on) || capturing) return 1;
   capturing = new Recorded();
   return 0;
 }
 int cuStreamEndCapture(void* on, void** graph) {
-  if (on != &stream || !capturing) return 1;
+  if (!known(on) || !capturing) return 1;
   *graph = capturing;
   capturing = nullptr;
   return 0;
@@ -83,7 +110,7 @@ int cuGraphInstantiateWithFlags(void** made, void* graph, unsigned long long) {
 int cuGraphDestroy(void* graph) { delete (Recorded*)graph; return 0; }
 int cuGraphExecDestroy(void* graph) { delete (Recorded*)graph; return 0; }
 int cuGraphLaunch(void* graph, void* on) {
-  if (on != &stream || capturing) return 1;
+  if (!known(on) || capturing) return 1;
   for (const auto& kernel : *(Recorded*)graph) kernel();
   return 0;
 }

@@ -9,20 +9,20 @@ once by its sum. Where the reader has a codebook, a table of 256 entries turns t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
-from quantizers.integer.program import INTEGER_RANGES, Node
+from quantizers.integer.program import INTEGER_RANGES
 from tvm_backend.imports import import_tvm
 from tvm_backend.kernels.cpu.byte_table import WIDTH, TableStore, by_unsigned_code, join, look_up, store_part
 from tvm_backend.kernels.cpu.dot import DOTS, Dot
 from tvm_backend.kernels.cpu.pack import Packed, pack_columns, pack_rows
 from tvm_backend.kernels.cpu.panel import Panel
 from tvm_backend.kernels.cpu.rescale import rescale
-from tvm_backend.kernels.cpu.score_stages import ScoreStage, ScoreWriter
-from tvm_backend.kernels.kernel import Array, Kernel, Layout, Operand
+from tvm_backend.kernels.cpu.score_stages import ScoreWriter
+from tvm_backend.kernels.kernel import Kernel, Layout, Operand
 from tvm_backend.kernels.shared.arithmetic import cast, literal, saturate, shift_round
+from tvm_backend.kernels.shared.attention import Attention, item_offset
 from tvm_backend.kernels.shared.function import Buffer, Expr, Function, local, once, script
 from tvm_backend.kernels.shared.softmax import Numerators
 from tvm_backend.strides import Strided
@@ -31,43 +31,6 @@ from tvm_backend.targets import CpuTarget
 #: Queries of one register tile, and tiles that one task works through.
 _ROWS = 6
 _TILES_PER_TASK = 4
-
-
-@dataclass(frozen=True)
-class Attention:
-    """The operators of one attention, and where their operands lie in the kernel's arguments.
-
-    Args:
-        scores: ``matmul`` of queries and keys.
-        stages: what turns their sums into 8-bit codes.
-        table: of ``exponentials``.
-        product: ``matmul`` of the exponentials and the values.
-        normalize: ``normalize_rows``.
-        numerator: of ``normalize_rows``, one entry or one for each of the leading axes.
-        levels: table of the ``lookup`` that alone reads its codes, if one does.
-        narrow_reciprocal: whether ``numerator // sum`` and the quotients are proved to fit int32.
-        query: queries in operand 0, axes (*lead, queries, depth).
-        key: keys in operand 1, axes (*lead, keys, depth).
-        value: values in operand 2, axes (*lead, keys, channels).
-        result: the mixture in the result, axes (*lead, queries, channels).
-        result_node: last node, ``normalize``, its ``lookup`` or a view, whose value the kernel computes.
-        depth: channels of queries and keys.
-    """
-
-    scores: Node
-    stages: tuple[ScoreStage, ...]
-    table: Array = field(repr=False)
-    product: Node
-    normalize: Node
-    numerator: Array = field(repr=False)
-    levels: Array | None = field(repr=False)
-    narrow_reciprocal: bool
-    query: Strided
-    key: Strided
-    value: Strided
-    result: Strided
-    result_node: Node
-    depth: int
 
 
 def emit_attention(rule: Attention, operands: Sequence[Operand], target: CpuTarget) -> Kernel:
@@ -93,9 +56,7 @@ class _Writer:
     def __init__(self, rule: Attention, operands: Sequence[Operand], target: CpuTarget) -> None:
         self.rule, self.operands, self.target = rule, operands, target
         self.dot: Dot = DOTS[target.dot]
-        *lead, self.queries, self.keys = rule.scores.type.shape
-        self.lead = tuple(lead)
-        self.channels = rule.product.type.shape[-1]
+        self.lead, self.queries, self.keys, self.channels = rule.lead, rule.queries, rule.keys, rule.channels
         self.depth = rule.depth
         self.code_dtype = rule.stages[-1].node.type.dtype
         self.score_vectors = -(-self.keys // self.dot.lanes)
@@ -156,18 +117,8 @@ class _Writer:
                         self._mix(result, at, rows, reciprocals, values, item, count)
         return function.kernel()
 
-    def _lead_index(self, item: Expr, count: int, view: Strided) -> Expr:
-        """Offset of an item's first element in its sample."""
-        position, index = item % count, literal(view.offset, "int64")
-        below = 1
-        for extent, stride in zip(reversed(self.lead), reversed(view.strides[:-2]), strict=True):
-            if extent > 1 and stride:
-                index = index + ((position // below) % extent) * stride
-            below *= extent
-        return index
-
     def _index(self, view: Strided, item: Expr, count: int) -> Callable[[Expr, Expr], list[Expr]]:
-        sample, base = once(item // count), once(self._lead_index(item, count, view))
+        sample, base = once(item // count), once(item_offset(item % count, self.lead, view))
         return lambda row, channel: [sample, base + row * view.strides[-2] + channel]
 
     def _pack(self, buffers: Sequence[Buffer], items: Expr, count: int) -> tuple[Packed, Packed]:

@@ -2,37 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
 
-from quantizers.integer.program import Node
 from tvm_backend.kernels.cpu.rescale import rescale
-from tvm_backend.kernels.kernel import Array
 from tvm_backend.kernels.shared.arithmetic import literal, minus
+from tvm_backend.kernels.shared.attention import ScoreStage, addend_item
 from tvm_backend.kernels.shared.epilogue import operand_zero_point
 from tvm_backend.kernels.shared.function import Buffer, Expr, Function, script
-
-
-@dataclass(frozen=True)
-class ScoreStage:
-    """One step from the sums of queries and keys to the codes that the table of exponentials reads.
-
-    Args:
-        node: ``requantize``, or ``add`` of a constant such as a position bias or a mask.
-        multiplier: of the scores, one entry or one for each of the leading axes.
-        narrow: whether the result is proved to fit int32 before it is clipped.
-        position: which of the node's operands the scores are.
-        addend: what ``add`` adds, broadcasting to the scores.
-        addend_multiplier: one entry.
-    """
-
-    node: Node
-    multiplier: Array = field(repr=False)
-    narrow: bool
-    position: int = 0
-    addend: Array | None = field(default=None, repr=False)
-    addend_multiplier: int = 0
 
 
 class ScoreWriter:
@@ -68,20 +44,10 @@ class ScoreWriter:
         zero_point = operand_zero_point(stage.node, stage.position)
         terms = [(minus(scores, zero_point, "int32", lanes), multiplier)]
         if self._addend is not None:
-            index = self._addend_item(head)
+            index = addend_item(head, self._lead, self._shape[:-2])
             query = row if self._shape[-2] > 1 else 0
             codes = self._addend[index, query, tirx.ramp(column, 1, lanes)]
             factor = literal(stage.addend_multiplier, "int32", lanes)
             addend_zero_point = operand_zero_point(stage.node, 1 - stage.position)
             terms.append((minus(codes, addend_zero_point, "int32", lanes), factor))
         return rescale(stage.node, terms, lanes, narrow=stage.narrow)
-
-    def _addend_item(self, head: Expr) -> Expr:
-        """Index into the leading axes of the addend, some of which may have extent 1."""
-        index: Expr = 0
-        below, stride = 1, 1
-        for extent, own in zip(reversed(self._lead), reversed(self._shape[:-2]), strict=True):
-            if own > 1:
-                index = index + ((head // below) % extent) * stride
-            below, stride = below * extent, stride * own
-        return index

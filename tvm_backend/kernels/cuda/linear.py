@@ -1,4 +1,4 @@
-"""Linear layers: sums on tensor cores where they can be, and what an epilogue makes of them."""
+"""Linear layers: sums on tensor cores, and what an epilogue makes of them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ from collections.abc import Sequence
 import numpy as np
 
 from quantizers.integer.program import Node
-from tvm_backend.kernels.cuda.tensor_cores import CHUNK, DEPTH, TILE, Product, Store
+from tvm_backend.kernels.cuda.instructions import Instructions
+from tvm_backend.kernels.cuda.rescale import Rescaling
+from tvm_backend.kernels.cuda.runs import Run
+from tvm_backend.kernels.cuda.shared_rows import Source, common_unit
+from tvm_backend.kernels.cuda.tensor_cores import Product, Tile
+from tvm_backend.kernels.cuda.weights import PackedWeights
 from tvm_backend.kernels.kernel import Array, Kernel, Layout, Operand
-from tvm_backend.kernels.shared.arithmetic import cast, literal, lowest, minus, saturate, shift_round
-from tvm_backend.kernels.shared.epilogue import Epilogue, operand_zero_point
+from tvm_backend.kernels.shared.arithmetic import lowest, minus
+from tvm_backend.kernels.shared.epilogue import Epilogue
 from tvm_backend.kernels.shared.function import Buffer, Expr, Function, local, script
 from tvm_backend.targets import CudaTarget
+
+_TILE = Tile(rows=64, columns=64, depth=64, row_warps=2, column_warps=2, stages=3)
 
 
 def emit_linear(
@@ -26,91 +33,86 @@ def emit_linear(
         target: decides which instructions there are.
         epilogue: the operators that alone read the sums.
     """
-    tirx = script()
+    tirx, tile = script(), _TILE
     epilogue = epilogue or Epilogue(None, None, "int32")
     x, weights, bias = operands[0], operands[1].constant(), operands[2].constant()
     count, depth = weights.shape
+    packed = PackedWeights.choose(weights, tile.depth, tile.column_warps, tile.column_tiles)
     function = Function(node, operands, Layout.matrix(node.type.shape), epilogue.dtype)
     with function.body():
         codes = function.value(0, Layout.matrix(x.type.shape))
-        # A row of codes that is no multiple of what a copy moves would be read across its end.
-        fast = depth % CHUNK == 0 and target.tensor_cores
-        stored = function.constant(_whole_tiles(weights) if fast else weights)
-        starts = function.constant(bias)
-        finisher = _Finisher(epilogue, function, count)
+        stored = function.constant(packed.pack(weights))
+        finisher = _Finisher(epilogue, function, bias, tile)
         result = function.result()
+        run = Run(result, 2 * tile.column_tiles, aligned=count % (2 * tile.column_tiles) == 0)
 
-        def store(row: Expr, column: Expr, total: Expr) -> None:
+        def store(row: Expr, column: Expr, sums: list[Expr]) -> None:
             with tirx.If(column < count), tirx.Then():
-                value = finisher.finish(total + starts[column], row, column)
-                tirx.buffer_store(result, value, [row, column])
+                run.store([row, column], finisher.finish(sums, row, column), count)
 
-        if fast:
-            Product(codes, stored, function.rows, depth).run(store)
-        else:
-            _element_by_element(codes, stored, function.rows * count, store)
+        source = Source(codes, lambda row, byte: [row, byte], function.rows, depth, common_unit(depth))
+        Product(source, stored, packed, tile, Instructions(target)).run(finisher.hold, store)
     return function.kernel()
 
 
-def _element_by_element(codes: Buffer, weights: Buffer, elements: Expr, store: Store) -> None:
-    """Give each sum a thread."""
-    tirx = script()
-    count, depth = weights.shape
-    with tirx.parallel(elements) as index:
-        row, column = index // int(count), index % int(count)
-        total = local(1, "int32")
-        tirx.buffer_store(total, literal(0, "int32"), [0])
-        with tirx.serial(int(depth)) as k:
-            term = cast(codes[row, k], "int32") * cast(weights[column, k], "int32")
-            tirx.buffer_store(total, total[0] + term, [0])
-        store(row, column, total[0])
-
-
-def _whole_tiles(weights: Array) -> Array:
-    """Pad with zeros to whole tiles."""
-    padding = [(0, -weights.shape[0] % TILE), (0, -weights.shape[1] % DEPTH)]
-    return np.pad(weights, padding)
-
-
 class _Finisher:
-    """An epilogue inside a kernel, for one sum."""
+    """An epilogue inside a kernel, for the sums of neighbouring columns."""
 
-    def __init__(self, epilogue: Epilogue, function: Function, count: int) -> None:
-        self._rule = rule = epilogue.rescale
-        self._multiplier = self._addend = self._addend_multiplier = self._table = None
+    def __init__(self, epilogue: Epilogue, function: Function, bias: Array, tile: Tile) -> None:
+        self._rule, self._function = epilogue.rescale, function
+        count, self._length = len(bias), 2 * tile.column_tiles
+        # What each column has is read for whole runs.
+        self._room = count + -count % self._length
+        self._starts = self._of_columns(bias)
+        self._table: Buffer | None = None
+        self._addend: Run | None = None
+        rule = self._rule
         if rule is not None:
-            self._multiplier = _per_column(function, rule.multiplier, count)
+            self._rescaling = Rescaling(rule.node, function, narrow=rule.narrow)
+            self._multipliers = self._of_columns(np.broadcast_to(rule.multiplier.reshape(-1), (count,)))
             if rule.addend is not None:
                 assert rule.addend_multiplier is not None
-                self._addend = function.value(rule.addend, Layout.matrix(rule.node.type.shape))
-                self._addend_multiplier = _per_column(function, rule.addend_multiplier, count)
+                addend = function.value(rule.addend, Layout.matrix(rule.node.type.shape))
+                self._addend = Run(addend, self._length, aligned=count == self._room)
+                others = np.broadcast_to(rule.addend_multiplier.reshape(-1), (count,))
+                self._addend_multipliers = self._of_columns(others)
+            self._lowest = lowest(rule.node.type.dtype)
         if epilogue.table is not None:
             self._table = function.constant(epilogue.table)
+        self._count = count
 
-    def finish(self, total: Expr, row: Expr, column: Expr) -> Expr:
-        """Return what is stored in place of a sum."""
+    def _of_columns(self, array: Array) -> Run:
+        padded = np.zeros(self._room, np.int32)
+        padded[: len(array)] = array
+        return Run(self._function.constant(padded), self._length, aligned=True)
+
+    def hold(self) -> None:
+        """Read what is the same for all sums of a thread."""
+        if self._rule is not None:
+            self._rescaling.hold()
+
+    def finish(self, sums: list[Expr], row: Expr, column: Expr) -> list[Expr]:
+        """Return what is stored in place of sums."""
+        totals = [total + start for total, start in zip(sums, self._starts.load([column]), strict=True)]
         rule = self._rule
         if rule is None:
-            return total
-        sum_of = minus(total, operand_zero_point(rule.node, rule.position), "int64")
-        product = sum_of * cast(_entry(self._multiplier, column), "int64")
+            return totals
+        terms = [
+            [(rule.position, total, multiplier)]
+            for total, multiplier in zip(totals, self._multipliers.load([column]), strict=True)
+        ]
         if self._addend is not None:
-            other = minus(self._addend[row, column], operand_zero_point(rule.node, 1 - rule.position), "int64")
-            product = product + other * cast(_entry(self._addend_multiplier, column), "int64")
-        code = saturate(shift_round(product, rule.node.integer("shift")), rule.node)
+            others = self._addend.load([row, column], self._count)
+            factors = self._addend_multipliers.load([column])
+            for term, other, factor in zip(terms, others, factors, strict=True):
+                term.append((1 - rule.position, other, factor))
+        codes = [self._rescaling.code(term) for term in terms]
         if self._table is None:
-            return code
+            return codes
+        return [self._looked_up(code) for code in codes]
+
+    def _looked_up(self, code: Expr) -> Expr:
+        assert self._table is not None
         held = local(1, "int32")
-        script().buffer_store(held, minus(code, lowest(rule.node.type.dtype), "int32"), [0])
+        script().buffer_store(held, minus(code, self._lowest, "int32"), [0])
         return self._table[held[0]]
-
-
-def _per_column(function: Function, array: Array, count: int) -> Buffer | int:
-    flat = array.reshape(-1)
-    if bool((flat == flat[0]).all()):
-        return int(flat[0])
-    return function.constant(np.broadcast_to(flat, (count,)).astype(np.int32))
-
-
-def _entry(source: Buffer | int, column: Expr) -> Expr:
-    return literal(source, "int32") if isinstance(source, int) else source[column]

@@ -11,6 +11,7 @@ from tvm_backend.kernels.kernel import Kernel, Layout, Operand
 from tvm_backend.kernels.shared.arithmetic import literal
 from tvm_backend.kernels.shared.elementwise import door, not_finite
 from tvm_backend.kernels.shared.function import Function, local, script
+from tvm_backend.kernels.shared.rows import each_row
 from tvm_backend.targets import CudaTarget
 
 
@@ -24,12 +25,13 @@ def emit_quantize(node: Node, operands: Sequence[Operand], _target: CudaTarget) 
         # An argument, because TVM turns a division by a literal into a multiplication, which rounds differently.
         scale = function.constant(np.array([node.real("scale")], np.float32))
         flags, result = function.flags(), function.result()
-        with tirx.parallel(function.rows) as row:
+        with each_row(function.rows) as row:
             flag = local(1, "int32")
             tirx.buffer_store(flag, literal(0, "int32"), [0])
-            with tirx.serial(layout.tail[0]) as column:
-                pixel = image[row, column]
+            with row.columns(layout.tail[0]) as (column,):
+                pixel = image[row.index, column]
                 tirx.buffer_store(flag, tirx.bitwise_or(flag[0], not_finite(pixel, 1)), [0])
-                tirx.buffer_store(result, door(node, pixel, scale[0], 1), [row, column])
-            tirx.buffer_store(flags, flag[0], [row])
+                tirx.buffer_store(result, door(node, pixel, scale[0], 1), [row.index, column])
+            row.unite(flag)
+            tirx.buffer_store(flags, flag[0], [row.index])
     return function.kernel()

@@ -1,9 +1,8 @@
-"""Products of 8-bit codes on tensor cores: a block's tile of sums, and which thread holds which of them.
+"""Products of 8-bit codes and weights on tensor cores: a block's tile of sums, and which thread holds which of them.
 
-A block of four warps computes 64 by 64 sums. Codes come from global into shared memory 16 bytes at a time
-(``cp.async``), some steps of the depth ahead of the products; ``ldmatrix`` hands them to the threads as
-``mma.m16n8k32`` wants them. A thread is given sums of contiguous columns: the rows of the weights are handed out in the
-order that makes it so.
+Codes come from global into shared memory, some steps of the depth ahead of the products; ``ldmatrix`` hands them to the
+threads as ``mma.m16n8k32`` wants them, and weights lie in that order already. A thread is given sums of contiguous
+columns.
 """
 
 from __future__ import annotations
@@ -11,136 +10,161 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tvm_backend.imports import import_tvm
+from tvm_backend.kernels.cuda.instructions import CHUNK, Instructions, barrier, load_matrices, words, zero
+from tvm_backend.kernels.cuda.shared_rows import SharedRows, Source
+from tvm_backend.kernels.cuda.weights import STEP, PackedWeights
 from tvm_backend.kernels.shared.arithmetic import cast, literal
-from tvm_backend.kernels.shared.function import Buffer, Expr, local, once, script
+from tvm_backend.kernels.shared.function import Buffer, Expr, once, script
 
-#: Rows, columns and depth of a block's tile, and its warps along rows and columns.
-TILE, DEPTH, WARPS = 64, 64, 2
-THREADS = 32 * WARPS * WARPS
-#: Tiles in shared memory: products of one, the others on their way.
-STAGES = 3
-#: Bytes of a copy, of a row of an ``ldmatrix``, and of what a code's row has to be a multiple of.
-CHUNK = 16
-_CHUNKS = DEPTH // CHUNK
-_SHARE = TILE // WARPS
-#: Fragments of a warp: 16 rows and 8 columns each.
-_ROW_TILES, _COLUMN_TILES = _SHARE // 16, _SHARE // 8
-#: Contiguous columns of a thread.
-_COLUMNS = 2 * _COLUMN_TILES
+_LANES = 32
+#: Bytes of shared memory that every GPU gives a block without being asked.
+SHARED_MEMORY = 48 * 1024
 
-_LOAD = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
-_COPY = "cp.async.cg.shared.global"
 
-#: Takes row, column and the sum there.
-Store = Callable[[Expr, Expr, Expr], None]
+@dataclass(frozen=True)
+class Tile:
+    """What a block computes at a time.
+
+    Args:
+        rows: of sums, a multiple of 16 for each warp along them.
+        columns: of sums, a multiple of 16 for each warp along them.
+        depth: of a step, a multiple of 32.
+        row_warps: warps that share the rows.
+        column_warps: warps that share the columns.
+        stages: steps in shared memory: products of one, the others on their way.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    row_warps: int
+    column_warps: int
+    stages: int
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return _LANES * self.row_warps * self.column_warps
+
+    @property
+    def row_tiles(self) -> int:
+        """Of 16 rows, for each warp."""
+        return self.rows // self.row_warps // 16
+
+    @property
+    def column_tiles(self) -> int:
+        """Of 8 columns, for each warp."""
+        return self.columns // self.column_warps // 8
+
+
+#: Takes a row and the sums of contiguous columns in it, the first column given.
+Store = Callable[[Expr, Expr, list[Expr]], None]
 
 
 @dataclass(frozen=True)
 class Product:
-    """``left @ right.T``, tile by tile.
+    """``left @ weights.T``, tile by tile.
 
     Args:
-        left: int8 or uint8 (rows, depth); ``depth`` a multiple of 16.
-        right: int8 (columns, depth), both rounded up to whole tiles.
-        rows: how many there are.
-        depth: of ``left``.
+        left: rows of int8 or uint8 codes.
+        right: uint8 (column tiles, steps, bytes), from ``packed``.
+        packed: how the weights are stored.
+        tile: how the work is cut.
+        instructions: of the target.
     """
 
-    left: Buffer
+    left: Source
     right: Buffer
-    rows: Expr
-    depth: int
+    packed: PackedWeights
+    tile: Tile
+    instructions: Instructions
 
-    def run(self, store: Store) -> None:
-        """Emit the whole kernel; ``store`` is called with every sum of whole tiles, those beyond the columns too."""
-        tirx = script()
+    def run(self, prepare: Callable[[], None], store: Store) -> None:
+        """Emit the whole kernel.
+
+        Args:
+            prepare: called once, before the products, in each thread.
+            store: called with every sum of whole tiles, those beyond the columns too.
+        """
+        tirx, tile = script(), self.tile
         tirx.device_entry()
-        columns = int(self.right.shape[0]) // TILE
-        blocks = cast((self.rows + (TILE - 1)) // TILE, "int32")
-        column_tile, row_tile = tirx.cta_id([columns, blocks])
-        thread = tirx.thread_id([THREADS])
-        lane, warp = thread % 32, thread // 32
-        first_row = once(cast(row_tile, "int64") * TILE)
-        left, right = (tirx.alloc_buffer((STAGES * TILE * DEPTH,), "int8", scope="shared") for _ in range(2))
-        sums = [local(4, "uint32") for _ in range(_ROW_TILES * _COLUMN_TILES)]
+        column_count, steps = (int(extent) for extent in self.right.shape[:2])
+        row_count = cast((self.left.rows + (tile.rows - 1)) // tile.rows, "int32")
+        block = tirx.cta_id([row_count * column_count])
+        row_tile, column_tile = block // column_count, block % column_count
+        thread = tirx.thread_id([tile.threads])
+        lane, warp = thread % _LANES, thread // _LANES
+        first_row = once(cast(row_tile, "int64") * tile.rows)
+        codes = tirx.alloc_buffer((tile.stages * tile.rows * tile.depth,), "int8", scope="shared")
+        weights = tirx.alloc_buffer((tile.stages * self.packed.size,), "uint8", scope="shared")
+        sums = [words(4) for _ in range(tile.row_tiles * tile.column_tiles)]
         for fragment in sums:
-            for i in range(4):
-                tirx.buffer_store(fragment, literal(0, "uint32"), [i])
-        steps = int(self.right.shape[1]) // DEPTH
+            zero(fragment, 4)
+        prepare()
 
         def fetch(step: Expr, stage: Expr) -> None:
-            self._fetch(left, right, thread, first_row, column_tile * TILE, step, stage)
+            self._rows(codes, stage).fetch(
+                self.instructions, self.left, first_row, step * tile.depth, thread, tile.threads
+            )
+            self._fetch_weights(weights, stage, column_tile, step, thread)
 
-        for step in range(STAGES - 1):
+        for step in range(tile.stages - 1):
             if step < steps:
                 fetch(step, step)
-            tirx.evaluate(tirx.ptx["cp.async.commit_group"]())
+            self.instructions.commit()
         with tirx.serial(steps) as step:
-            tirx.evaluate(tirx.ptx["cp.async.wait_group"](STAGES - 2))
-            tirx.evaluate(tirx.cuda.cta_sync())
-            ahead = step + (STAGES - 1)
+            self.instructions.wait(tile.stages - 2)
+            barrier()
+            ahead = step + (tile.stages - 1)
             with tirx.If(ahead < steps), tirx.Then():
-                fetch(ahead, ahead % STAGES)
-            tirx.evaluate(tirx.ptx["cp.async.commit_group"]())
-            self._multiply(left, right, sums, lane, warp, step % STAGES)
-        for i in range(_ROW_TILES):
+                fetch(ahead, ahead % tile.stages)
+            self.instructions.commit()
+            self._multiply(codes, weights, sums, lane, warp, step % tile.stages)
+        for i in range(tile.row_tiles):
             for half in range(2):
-                row = first_row + cast(warp // WARPS * _SHARE + i * 16 + half * 8 + lane // 4, "int64")
-                with tirx.If(row < self.rows), tirx.Then():
-                    for j in range(_COLUMN_TILES):
-                        for e in range(2):
-                            column = column_tile * TILE + warp % WARPS * _SHARE + lane % 4 * _COLUMNS + 2 * j + e
-                            store(row, column, cast(sums[i * _COLUMN_TILES + j][half * 2 + e], "int32"))
+                local_row = warp // tile.column_warps * (16 * tile.row_tiles) + i * 16 + half * 8 + lane // 4
+                row = once(first_row + cast(local_row, "int64"))
+                with tirx.If(row < self.left.rows), tirx.Then():
+                    fragments = sums[i * tile.column_tiles : (i + 1) * tile.column_tiles]
+                    share = warp % tile.column_warps * (8 * tile.column_tiles) + lane % 4 * (2 * tile.column_tiles)
+                    found = [self._sum(fragment[half * 2 + e]) for fragment in fragments for e in range(2)]
+                    store(row, column_tile * tile.columns + share, found)
 
-    def _fetch(
-        self, left: Buffer, right: Buffer, thread: Expr, first_row: Expr, first_column: Expr, step: Expr, stage: Expr
+    def _rows(self, storage: Buffer, stage: Expr) -> SharedRows:
+        tile = self.tile
+        return SharedRows(storage, stage * (tile.rows * tile.depth), tile.rows, tile.depth)
+
+    def _fetch_weights(self, storage: Buffer, stage: Expr, column_tile: Expr, step: Expr, thread: Expr) -> None:
+        tirx, size = script(), self.packed.size
+        chunks, threads = size // CHUNK, self.tile.threads
+
+        def move(chunk: Expr) -> None:
+            source = self.right.ptr_to([column_tile, step, chunk * CHUNK])
+            self.instructions.copy(storage.ptr_to([stage * size + chunk * CHUNK]), source, CHUNK)
+
+        with tirx.unroll(chunks // threads) as number:
+            move(thread + number * threads)
+        if chunks % threads:
+            with tirx.If(thread < chunks % threads), tirx.Then():
+                move(thread + chunks // threads * threads)
+
+    def _multiply(
+        self, codes: Buffer, weights: Buffer, sums: list[Buffer], lane: Expr, warp: Expr, stage: Expr
     ) -> None:
-        """Start the copies of one step of the depth; what lies beyond the codes becomes zeros."""
-        tirx = script()
-        choose = import_tvm("tvm.tirx").Select
-        for i in range(TILE * _CHUNKS // THREADS):
-            index = thread + i * THREADS
-            place, chunk = index // _CHUNKS, index % _CHUNKS
-            at = step * DEPTH + chunk * CHUNK
-            row = first_row + cast(place, "int64")
-            there = tirx.And(row < self.rows, at < self.depth)
-            source = self.left.ptr_to([tirx.min(row, self.rows - 1), tirx.min(at, self.depth - CHUNK)])
-            size = choose(there, literal(CHUNK, "uint32"), literal(0, "uint32"))
-            tirx.evaluate(tirx.ptx[_COPY](left.ptr_to([_left_place(stage, place, chunk)]), source, CHUNK, size))
-            source = self.right.ptr_to([first_column + place, at])
-            tirx.evaluate(tirx.ptx[_COPY](right.ptr_to([_right_place(stage, place, chunk)]), source, CHUNK))
-
-    def _multiply(self, left: Buffer, right: Buffer, sums: list[Buffer], lane: Expr, warp: Expr, stage: Expr) -> None:
         """Add the products of one step of the depth."""
-        tirx = script()
-        kind = "u8" if self.left.dtype == "uint8" else "s8"
-        instruction = f"mma.sync.aligned.m16n8k32.row.col.s32.{kind}.s8.s32"
-        for part in range(DEPTH // 32):
-            rows = [local(4, "uint32") for _ in range(_ROW_TILES)]
-            columns = [local(2, "uint32") for _ in range(_COLUMN_TILES)]
-            for i, fragment in enumerate(rows):
-                place = warp // WARPS * _SHARE + i * 16 + lane % 16
-                address = left.ptr_to([_left_place(stage, place, part * 2 + lane // 16)])
-                tirx.evaluate(tirx.ptx[_LOAD](*(fragment[k] for k in range(4)), address))
-            for j in range(0, _COLUMN_TILES, 2):
-                # Eight lanes each point at: this tile's lower depths, its upper ones, and the same of the next tile.
-                place = warp % WARPS * _SHARE + lane % 8 // 2 * _COLUMNS + (j + lane // 16) * 2 + lane % 2
-                address = right.ptr_to([_right_place(stage, place, part * 2 + lane // 8 % 2)])
-                pair = [columns[j + k // 2][k % 2] for k in range(4)]
-                tirx.evaluate(tirx.ptx[_LOAD](*pair, address))
-            for i, a in enumerate(rows):
-                for j, b in enumerate(columns):
-                    c = [sums[i * _COLUMN_TILES + j][k] for k in range(4)]
-                    operands = [*(a[k] for k in range(4)), *(b[k] for k in range(2))]
-                    tirx.evaluate(tirx.ptx[instruction](*c, *operands, *c))
+        tile, kind = self.tile, str(self.left.codes.dtype)
+        rows = self._rows(codes, stage)
+        for part in range(tile.depth // STEP):
+            first = warp // tile.column_warps * (16 * tile.row_tiles) + lane % 16
+            left = [
+                load_matrices(rows.address(first + i * 16, part * 2 + lane // 16), 4) for i in range(tile.row_tiles)
+            ]
+            right = self.packed.load(weights, stage * self.packed.size, part, warp % tile.column_warps, lane)
+            for i, a in enumerate(left):
+                for j, b in enumerate(right):
+                    self.instructions.multiply(sums[i * tile.column_tiles + j], a, b, kind, "int8")
 
-
-def _left_place(stage: Expr, row: Expr, chunk: Expr) -> Expr:
-    """Where a chunk lies: eight rows that one ``ldmatrix`` reads side by side meet different banks."""
-    return (stage * TILE + row) * DEPTH + script().bitwise_xor(chunk, row // 2 % _CHUNKS) * CHUNK
-
-
-def _right_place(stage: Expr, row: Expr, chunk: Expr) -> Expr:
-    """Likewise for rows that are a thread's columns apart, two by two."""
-    return (stage * TILE + row) * DEPTH + script().bitwise_xor(chunk, row // _COLUMNS % _CHUNKS) * CHUNK
+    def _sum(self, word: Expr) -> Expr:
+        total = cast(word, "int32")
+        spread = self.packed.spread
+        return script().shift_right(total, literal(spread, "int32")) if spread else total

@@ -1,8 +1,9 @@
-"""The words of kernels on a GPU: a parallel loop is a grid of threads, what a thread holds lies in its registers."""
+"""The words of kernels on a GPU: a warp for each row, a thread for each index, and what a thread holds in registers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,24 +36,68 @@ class Threads:
             yield index
 
     @contextmanager
-    def warps(self, extent: Expr) -> Iterator[tuple[Expr, Expr]]:
-        """Give each index below ``extent`` a warp; yields the index and the number of the lane, int32."""
+    def rows(self, extent: Expr) -> Iterator[WarpRow]:
+        """Give each index below ``extent`` a warp."""
         self.device_entry()
         block = self.cta_id([self.Cast("int32", (extent + (BLOCK // WARP - 1)) // (BLOCK // WARP))])
         thread = self.thread_id([BLOCK])
         index = self.Cast("int64", block) * (BLOCK // WARP) + self.Cast("int64", thread // WARP)
         with self.If(index < extent), self.Then():
-            yield index, thread % WARP
-
-    def add_lanes(self, value: Any) -> None:
-        """Replace what each lane holds in an array of one element by the sum over the warp."""
-        step = WARP // 2
-        while step:
-            other = self.tvm_warp_shuffle_xor(self.uint32(ALL_LANES), value[0], step, WARP, WARP)
-            self.buffer_store(value, value[0] + other, [0])
-            step //= 2
+            yield WarpRow(self, index, thread % WARP)
 
     def alloc_buffer(self, shape: Sequence[int], dtype: str, scope: str) -> Any:
         """Declare an array: what a CPU has on its stack lies in a thread's registers where its subscripts are known."""
         chosen = "local" if scope == "global" else scope
         return import_tvm("tvm.script.ir_builder.tirx").alloc_buffer(shape, dtype, scope=chosen)
+
+
+class WarpRow:
+    """A row whose elements lie side by side in the lanes of a warp.
+
+    Args:
+        words: of the kernel.
+        index: of the row.
+        lane: number of the lane, int32.
+    """
+
+    def __init__(self, words: Threads, index: Expr, lane: Expr) -> None:
+        self._words, self.index, self._lane = words, index, lane
+
+    @contextmanager
+    def columns(self, *extents: int) -> Iterator[tuple[Expr, ...]]:
+        """Go through the elements of a row with some axes, neighbours in neighbouring lanes."""
+        words, count = self._words, math.prod(extents)
+        with words.serial(-(-count // WARP)) as step:
+            place = step * WARP + self._lane
+            if count % WARP:
+                with words.If(place < count), words.Then():
+                    yield _split(place, extents)
+            else:
+                yield _split(place, extents)
+
+    def add_up(self, cell: Any) -> None:
+        """Replace what each lane holds in an array of one element by the sum over the warp."""
+        self._over_lanes(cell, lambda a, b: a + b)
+
+    def find_largest(self, cell: Any) -> None:
+        """Replace it by the largest."""
+        self._over_lanes(cell, self._words.max)
+
+    def unite(self, cell: Any) -> None:
+        """Replace it by the bitwise or."""
+        self._over_lanes(cell, self._words.bitwise_or)
+
+    def _over_lanes(self, cell: Any, combine: Callable[[Expr, Expr], Expr]) -> None:
+        words, step = self._words, WARP // 2
+        while step:
+            other = words.tvm_warp_shuffle_xor(words.uint32(ALL_LANES), cell[0], step, WARP, WARP)
+            words.buffer_store(cell, combine(cell[0], other), [0])
+            step //= 2
+
+
+def _split(place: Expr, extents: Sequence[int]) -> tuple[Expr, ...]:
+    found: list[Expr] = []
+    for number, extent in enumerate(reversed(extents)):
+        found.insert(0, place if number == len(extents) - 1 else place % extent)
+        place = place // extent
+    return tuple(found)

@@ -9,6 +9,7 @@ from quantizers.integer.program import Node
 from tvm_backend.kernels.kernel import Array, Kernel, Layout, Operand
 from tvm_backend.kernels.shared.arithmetic import cast, clip, literal, lowest, minus, requantize, saturate, shift_round
 from tvm_backend.kernels.shared.function import Buffer, Expr, Function, script
+from tvm_backend.kernels.shared.rows import each_row
 from tvm_backend.targets import Target
 
 Element = Callable[..., Expr]
@@ -57,12 +58,12 @@ def _elementwise(node: Node, operands: Sequence[Operand], element: Element, tabl
             readers.append((buffer, own, batched))
         whole = [function.constant(table) for table in tables]
         result = function.result()
-        with tirx.parallel(function.rows) as row, tirx.serial(width) as column:
+        with each_row(function.rows) as row, row.columns(width) as (column,):
             elements = [
-                buffer[broadcast_row(row, lead, own[:-1], batched=batched), column if own[-1] > 1 else 0]
+                buffer[broadcast_row(row.index, lead, own[:-1], batched=batched), column if own[-1] > 1 else 0]
                 for buffer, own, batched in readers
             ]
-            tirx.buffer_store(result, element(*elements, *whole), [row, column])
+            tirx.buffer_store(result, element(*elements, *whole), [row.index, column])
     return function.kernel()
 
 

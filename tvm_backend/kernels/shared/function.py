@@ -24,7 +24,12 @@ _WORDS: ContextVar[Any] = ContextVar("words", default=None)
 
 def script() -> Any:
     """Return TVM's ``script.ir_builder.tirx``, the vocabulary in which kernels are written, or what replaces it."""
-    return _WORDS.get() or import_tvm("tvm.script.ir_builder.tirx")
+    return other_words() or import_tvm("tvm.script.ir_builder.tirx")
+
+
+def other_words() -> Any:
+    """Return what replaces TVM's words just now, or None."""
+    return _WORDS.get()
 
 
 @contextmanager

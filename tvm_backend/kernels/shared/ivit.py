@@ -11,11 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from quantizers.integer.ivit import PAPER_START, RECIPROCAL, shift_exponential
-from quantizers.integer.program import INTEGER_RANGES, Node
+from quantizers.integer.program import Node
 from tvm_backend.imports import import_tvm
 from tvm_backend.kernels.kernel import Array, Kernel, Layout, Operand
 from tvm_backend.kernels.shared.arithmetic import cast, literal, lowest, minus, saturate, shift_round
 from tvm_backend.kernels.shared.function import Buffer, Expr, Function, local, script
+from tvm_backend.kernels.shared.rows import each_row
+from tvm_backend.kernels.shared.softmax import largest_code
 from tvm_backend.targets import Target
 
 
@@ -42,16 +44,6 @@ def _exponentials(node: Node, distances: range) -> Array:
     return np.array([shift_exponential(distance, inverse, window) for distance in distances], np.int64)
 
 
-def _row_maximum(codes: Buffer, row: Expr, width: int, dtype: str) -> Buffer:
-    """Emit the largest code of a row, int32."""
-    tirx = script()
-    largest = local(1, "int32")
-    tirx.buffer_store(largest, literal(INTEGER_RANGES[dtype][0], "int32"), [0])
-    with tirx.serial(width) as column:
-        tirx.buffer_store(largest, tirx.max(largest[0], cast(codes[row, column], "int32")), [0])
-    return largest
-
-
 def emit_shiftmax(node: Node, operands: Sequence[Operand], _target: Target) -> Kernel:
     """Exponentials of a row relative to its largest code, times the reciprocal of their sum."""
     tirx = script()
@@ -63,16 +55,17 @@ def emit_shiftmax(node: Node, operands: Sequence[Operand], _target: Target) -> K
         codes = function.value(0, layout)
         table = function.constant(_exponentials(node, range(0, -256, -1)))
         result = function.result()
-        with tirx.parallel(function.rows) as row:
-            largest = _row_maximum(codes, row, width, dtype)
+        with each_row(function.rows) as row:
+            largest = largest_code(row, codes, width, dtype)
             total = _variable(literal(0, "int64"))
-            with tirx.serial(width) as column:
-                tirx.buffer_store(total, total[0] + table[largest[0] - cast(codes[row, column], "int32")], [0])
+            with row.columns(width) as (column,):
+                tirx.buffer_store(total, total[0] + table[largest[0] - cast(codes[row.index, column], "int32")], [0])
+            row.add_up(total)
             factor = _variable(_reciprocal(total[0]))
-            with tirx.serial(width) as column:
-                exponential = table[largest[0] - cast(codes[row, column], "int32")]
+            with row.columns(width) as (column,):
+                exponential = table[largest[0] - cast(codes[row.index, column], "int32")]
                 probability = tirx.shift_right(exponential * factor[0], shift)
-                tirx.buffer_store(result, cast(probability, node.type.dtype), [row, column])
+                tirx.buffer_store(result, cast(probability, node.type.dtype), [row.index, column])
     return function.kernel()
 
 
@@ -90,13 +83,14 @@ def emit_shift_gelu(node: Node, operands: Sequence[Operand], _target: Target) ->
         codes = function.value(0, layout)
         table, one_table = function.constant(_exponentials(node, range(0, -256, -1))), function.constant(ones)
         result = function.result()
-        with tirx.parallel(function.rows) as row:
-            largest = _row_maximum(codes, row, width, dtype)
+        with each_row(function.rows) as row:
+            largest = largest_code(row, codes, width, dtype)
             one = _variable(one_table[largest[0] - literal(first, "int32")])
-            with tirx.serial(width) as column:
-                above = table[largest[0] - cast(codes[row, column], "int32")]
+            with row.columns(width) as (column,):
+                above = table[largest[0] - cast(codes[row.index, column], "int32")]
                 sigmoid = cast(tirx.shift_right(above * _reciprocal(above + one[0]), shift), "int32")
-                tirx.buffer_store(result, minus(codes[row, column], zero_point, "int32") * sigmoid, [row, column])
+                centred = minus(codes[row.index, column], zero_point, "int32")
+                tirx.buffer_store(result, centred * sigmoid, [row.index, column])
     return function.kernel()
 
 
@@ -137,19 +131,22 @@ def emit_i_layer_norm(node: Node, operands: Sequence[Operand], _target: Target) 
         codes = function.value(0, layout)
         weights, biases = function.constant(weight.constant()), function.constant(bias.constant())
         result = function.result()
-        with tirx.parallel(function.rows) as row:
+        with each_row(function.rows) as row:
             total, squares = _variable(literal(0, "int64")), _variable(literal(0, "int64"))
-            with tirx.serial(width) as column:
-                tirx.buffer_store(total, total[0] + cast(codes[row, column], "int64"), [0])
+            with row.columns(width) as (column,):
+                tirx.buffer_store(total, total[0] + cast(codes[row.index, column], "int64"), [0])
+            row.add_up(total)
             mean = _variable(_rounded_mean(total[0], width))
-            with tirx.serial(width) as column:
-                centred = cast(codes[row, column], "int64") - mean[0]
+            with row.columns(width) as (column,):
+                centred = cast(codes[row.index, column], "int64") - mean[0]
                 tirx.buffer_store(squares, squares[0] + centred * centred, [0])
+            row.add_up(squares)
             root = _newton_root(node, squares[0])
             factor = _variable(_quotient(literal(RECIPROCAL, "int64"), root[0]))
-            with tirx.serial(width) as column:
-                centred = cast(codes[row, column], "int64") - mean[0]
+            with row.columns(width) as (column,):
+                centred = cast(codes[row.index, column], "int64") - mean[0]
                 normalized = tirx.shift_right(centred * factor[0], literal(1, "int64"))
                 scaled = (normalized + biases[column]) * cast(weights[column], "int64")
-                tirx.buffer_store(result, saturate(shift_round(scaled, node.integer("shift")), node), [row, column])
+                code = saturate(shift_round(scaled, node.integer("shift")), node)
+                tirx.buffer_store(result, code, [row.index, column])
     return function.kernel()

@@ -8,6 +8,7 @@ from quantizers.integer.program import Node
 from tvm_backend.kernels.kernel import Kernel, Layout, Operand
 from tvm_backend.kernels.shared.arithmetic import literal
 from tvm_backend.kernels.shared.function import Function, script
+from tvm_backend.kernels.shared.rows import each_row
 from tvm_backend.targets import Target
 
 
@@ -26,17 +27,14 @@ def emit_patches(node: Node, operands: Sequence[Operand], _target: Target) -> Ke
         image = function.value(0, Layout.natural(x.type.shape))
         result = function.result()
         with (
-            tirx.parallel(function.rows) as row,
-            tirx.serial(windows_w) as window,
-            tirx.serial(channels) as channel,
-            tirx.serial(kernel_h) as dy,
-            tirx.serial(kernel_w) as dx,
+            each_row(function.rows) as row,
+            row.columns(windows_w, channels, kernel_h, kernel_w) as (window, channel, dy, dx),
         ):
-            y = (row % windows_h) * stride_h + dy - pad_h
+            y = (row.index % windows_h) * stride_h + dy - pad_h
             left = window * stride_w + dx - pad_w
-            value = image[row // windows_h, channel, y, left]
+            value = image[row.index // windows_h, channel, y, left]
             if pad_h or pad_w:
                 inside = tirx.And(tirx.And(y >= 0, y < height), tirx.And(left >= 0, left < width))
                 value = tirx.if_then_else(inside, value, outside)
-            tirx.buffer_store(result, value, [row, window, channel, dy, dx])
+            tirx.buffer_store(result, value, [row.index, window, channel, dy, dx])
     return function.kernel()

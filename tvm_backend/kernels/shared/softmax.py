@@ -12,7 +12,19 @@ from tvm_backend.imports import import_tvm
 from tvm_backend.kernels.kernel import Array, Kernel, Layout, Operand
 from tvm_backend.kernels.shared.arithmetic import cast, literal, saturate, shift_round
 from tvm_backend.kernels.shared.function import Buffer, Expr, Function, local, script
+from tvm_backend.kernels.shared.rows import Row, each_row
 from tvm_backend.targets import Target
+
+
+def largest_code(row: Row, codes: Buffer, width: int, dtype: str) -> Buffer:
+    """Emit the largest code of a row, int32."""
+    tirx = script()
+    largest = local(1, "int32")
+    tirx.buffer_store(largest, literal(INTEGER_RANGES[dtype][0], "int32"), [0])
+    with row.columns(width) as (column,):
+        tirx.buffer_store(largest, tirx.max(largest[0], cast(codes[row.index, column], "int32")), [0])
+    row.find_largest(largest)
+    return largest
 
 
 def emit_exponentials(node: Node, operands: Sequence[Operand], _target: Target) -> Kernel:
@@ -24,14 +36,11 @@ def emit_exponentials(node: Node, operands: Sequence[Operand], _target: Target) 
     with function.body():
         codes, entries = function.value(0, layout), function.constant(table.constant())
         result = function.result()
-        with tirx.parallel(function.rows) as row:
-            largest = local(1, "int32")
-            tirx.buffer_store(largest, literal(INTEGER_RANGES[x.type.dtype][0], "int32"), [0])
-            with tirx.serial(layout.tail[0]) as column:
-                tirx.buffer_store(largest, tirx.max(largest[0], cast(codes[row, column], "int32")), [0])
-            with tirx.serial(layout.tail[0]) as column:
-                distance = largest[0] - cast(codes[row, column], "int32")
-                tirx.buffer_store(result, entries[distance], [row, column])
+        with each_row(function.rows) as row:
+            largest = largest_code(row, codes, layout.tail[0], x.type.dtype)
+            with row.columns(layout.tail[0]) as (column,):
+                distance = largest[0] - cast(codes[row.index, column], "int32")
+                tirx.buffer_store(result, entries[distance], [row.index, column])
     return function.kernel()
 
 
@@ -43,12 +52,13 @@ def emit_row_sum(node: Node, operands: Sequence[Operand], _target: Target) -> Ke
     with function.body():
         x = function.value(0, source)
         result = function.result()
-        with tirx.parallel(function.rows) as row:
+        with each_row(function.rows) as row:
             total = local(1, "int32")
             tirx.buffer_store(total, literal(0, "int32"), [0])
-            with tirx.serial(source.tail[0]) as column:
-                tirx.buffer_store(total, total[0] + cast(x[row, column], "int32"), [0])
-            tirx.buffer_store(result, total[0], [row, 0])
+            with row.columns(source.tail[0]) as (column,):
+                tirx.buffer_store(total, total[0] + cast(x[row.index, column], "int32"), [0])
+            row.add_up(total)
+            tirx.buffer_store(result, total[0], [row.index, 0])
     return function.kernel()
 
 
@@ -85,13 +95,13 @@ def emit_normalize_rows(node: Node, operands: Sequence[Operand], _target: Target
         x, total = function.value(0, layout), function.value(1, Layout.matrix(operands[1].type.shape))
         numerators = Numerators(operands[2].constant(), function, tuple(lead))
         result = function.result()
-        with tirx.parallel(function.rows) as row:
+        with each_row(function.rows) as row:
             reciprocal = local(1, "int64")
             # Both are positive, where truncation is the floor.
-            numerator = numerators.of(row // rows % numerators.heads)
-            quotient = import_tvm("tvm.tirx").truncdiv(numerator, cast(total[row, 0], "int64"))
+            numerator = numerators.of(row.index // rows % numerators.heads)
+            quotient = import_tvm("tvm.tirx").truncdiv(numerator, cast(total[row.index, 0], "int64"))
             tirx.buffer_store(reciprocal, quotient, [0])
-            with tirx.serial(layout.tail[0]) as column:
-                scaled = shift_round(cast(x[row, column], "int64") * reciprocal[0], node.integer("shift"))
-                tirx.buffer_store(result, saturate(scaled, node), [row, column])
+            with row.columns(layout.tail[0]) as (column,):
+                scaled = shift_round(cast(x[row.index, column], "int64") * reciprocal[0], node.integer("shift"))
+                tirx.buffer_store(result, saturate(scaled, node), [row.index, column])
     return function.kernel()

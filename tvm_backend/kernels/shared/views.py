@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
 
 from quantizers.integer.program import Node
 from tvm_backend.kernels.kernel import Kernel, Layout, Operand
 from tvm_backend.kernels.shared.function import Function, script
+from tvm_backend.kernels.shared.rows import each_row
 from tvm_backend.strides import source_index
 from tvm_backend.targets import Target
 
@@ -26,14 +26,14 @@ def emit_views(chain: Sequence[Node], operand: Operand) -> Kernel:
     # The first axis joins the batch to give the threads something to share, unless it is the row itself.
     shared = shape[0] if len(shape) > 1 else 1
     function = Function(last, [operand], Layout(shared, shape[1:] if len(shape) > 1 else shape))
-    with function.body(), ExitStack() as loops:
+    with function.body():
         source = function.value(0, Layout.natural(operand.type.shape))
         result = function.result()
-        row = loops.enter_context(tirx.parallel(function.rows))
-        inner = [loops.enter_context(tirx.serial(extent)) for extent in (shape[1:] if len(shape) > 1 else shape)]
-        index = (row % shared, *inner) if len(shape) > 1 else tuple(inner)
-        place = source_index(chain, operand.type.shape, index if last.type.shape else ())
-        tirx.buffer_store(result, source[(row // shared if operand.batched else 0, *place)], [row, *inner])
+        with each_row(function.rows) as row, row.columns(*(shape[1:] if len(shape) > 1 else shape)) as inner:
+            index = (row.index % shared, *inner) if len(shape) > 1 else inner
+            place = source_index(chain, operand.type.shape, index if last.type.shape else ())
+            sample = row.index // shared if operand.batched else 0
+            tirx.buffer_store(result, source[(sample, *place)], [row.index, *inner])
     return function.kernel()
 
 
@@ -54,12 +54,12 @@ def emit_concat(node: Node, operands: Sequence[Operand], _target: Target) -> Ker
             for i, operand in enumerate(operands)
         ]
         result = function.result()
-        with tirx.parallel(function.rows) as row:
+        with each_row(function.rows) as row:
             start = 0
             for buffer, operand in parts:
                 extent = operand.type.shape[axis]
-                with tirx.serial(extent) as position, tirx.serial(inner) as column:
-                    value = buffer[row if operand.batched else row % outer, position, column]
-                    tirx.buffer_store(result, value, [row, start + position, column])
+                with row.columns(extent, inner) as (position, column):
+                    value = buffer[row.index if operand.batched else row.index % outer, position, column]
+                    tirx.buffer_store(result, value, [row.index, start + position, column])
                 start += extent
     return function.kernel()
