@@ -114,16 +114,22 @@ class Quantized:
 
         return compile_program(self.program, target, threads)
 
-    def export_tvm(self, directory: str | Path, target: str = "cpu") -> None:
+    def export_tvm(self, directory: str | Path, target: str = "cpu", *, tiles: str | Path | None = None) -> None:
         """Compile and write a bundle that runs without torch.
+
+        Args:
+            directory: to write.
+            target: as for :meth:`compile`, for any machine.
+            tiles: for GPUs, a file that ``ptq tune`` wrote; None is the default one if it exists.
 
         Raises:
             UsageError: the directory exists.
             TargetError: an unknown target.
+            ArtifactError: the file of tiles cannot be read.
         """
         from ptq.compiled import write_bundle
 
-        write_bundle(self.program, Path(directory), target)
+        write_bundle(self.program, Path(directory), target, None if tiles is None else Path(tiles))
 
     def export_onnx(
         self, path: str | Path, target: str = "onnxruntime", *, int4: bool = False, batch_size: int | None = None

@@ -35,12 +35,12 @@ def load_compiled(directory: Path, threads: int | None) -> Callable[..., Any]:
     return adapt(load(directory, threads=threads))
 
 
-def write_bundle(program: IntegerProgram, directory: Path, target: str) -> None:
+def write_bundle(program: IntegerProgram, directory: Path, target: str, tiles: Path | None) -> None:
     """Compile a program and write its bundle; see :meth:`ptq.Quantized.export_tvm`."""
     from tvm_backend.build import build
     from tvm_backend.bundle import save_bundle
 
-    save_bundle(build(program, _ALIASES.get(target, target)), directory)
+    save_bundle(build(program, _ALIASES.get(target, target), tiles), directory)
 
 
 def adapt(run: Callable[..., tuple[np.ndarray, ...]]) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from quantizers.integer.program import IntegerProgram, TensorType
@@ -12,13 +13,14 @@ from quantizers.integer.serialize import program_to_bytes
 from tvm_backend.bundle import LIBRARY, Bundle
 from tvm_backend.gpu.nvcc import compile_library, find_compiler
 from tvm_backend.gpu.source import cuda_source
+from tvm_backend.gpu.tile_database import known_tiles
 from tvm_backend.imports import import_tvm, tvm_version
 from tvm_backend.link import linker
 from tvm_backend.lower import Lowered, lower
 from tvm_backend.targets import NATIVE, CpuTarget, CudaTarget, Target, get_target
 
 
-def build(program: IntegerProgram, target: str = NATIVE) -> Bundle:
+def build(program: IntegerProgram, target: str = NATIVE, tiles: Path | None = None) -> Bundle:
     """Compile a program.
 
     Needs a C++ compiler to link, for another architecture than this machine's a linker, for GPUs CUDA's compiler.
@@ -26,12 +28,21 @@ def build(program: IntegerProgram, target: str = NATIVE) -> Bundle:
     Args:
         program: any program that the verifier accepts.
         target: a name that :func:`tvm_backend.targets.get_target` knows.
+        tiles: for GPUs, a file that tuning wrote; None is the default one if it exists.
 
     Raises:
         TargetError: unknown target, or nothing that compiles or links for it.
         ProgramError: the program breaks a rule of the contract.
+        ArtifactError: the file of tiles cannot be read.
     """
     chosen = get_target(target)
+    if isinstance(chosen, CudaTarget):
+        chosen = replace(chosen, tiles=known_tiles(chosen.architectures, tiles))
+    return build_for(program, chosen)
+
+
+def build_for(program: IntegerProgram, chosen: Target) -> Bundle:
+    """Compile a program for a target; see :func:`build`."""
     # What is needed is found before the minutes that a large program compiles.
     make = _cuda_maker(chosen) if isinstance(chosen, CudaTarget) else _cpu_maker(chosen)
     lowered = lower(program, chosen)

@@ -13,6 +13,7 @@ from typing import Any
 
 from quantizers.errors import TargetError, UnknownTargetError
 from tvm_backend.imports import import_tvm
+from tvm_backend.kernels.cuda.tiles import Tiles
 
 NATIVE, CUDA = "native", "cuda"
 #: Of GPUs, oldest first: what ``cuda`` alone stands for.
@@ -69,9 +70,11 @@ class CudaTarget:
     Args:
         architectures: those that machine code is made for, as ``sm_80``, oldest first; the newest one's PTX serves
             those that come after it.
+        tiles: how the products of linears are cut.
     """
 
     architectures: tuple[str, ...]
+    tiles: Tiles = field(default_factory=Tiles, repr=False)
 
     @property
     def name(self) -> str:

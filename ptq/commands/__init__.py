@@ -9,6 +9,8 @@ from ptq.commands.inspect import inspect
 from ptq.commands.quantize import quantize
 from ptq.commands.recipes import recipes
 from ptq.commands.search import search
+from ptq.commands.serve import serve
+from ptq.commands.tune import tune
 from ptq.commands.verify import verify
 
-COMMANDS = (quantize, evaluate, export, inspect, verify, check, diagnose, search, benchmark, recipes)
+COMMANDS = (quantize, evaluate, export, inspect, verify, check, diagnose, search, benchmark, tune, serve, recipes)

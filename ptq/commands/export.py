@@ -23,7 +23,20 @@ _OUTPUT_HELP = "File (ONNX, pt2) or directory (tvm, compressed-tensors)."
 )
 @click.option("--int4", is_flag=True, help="For onnx: store weights of at most 4 bits as int4, with float activations.")
 @click.option("--batch-size", type=click.IntRange(1), help="For onnx: the only one that the file takes.  [any]")
-def export(out: Path, format_name: str, output: Path, target: str | None, int4: bool, batch_size: int | None) -> None:
+@click.option(
+    "--tiles",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="For tvm on cuda: what ptq tune wrote.  [the default database, if it exists]",
+)
+def export(
+    out: Path,
+    format_name: str,
+    output: Path,
+    target: str | None,
+    int4: bool,
+    batch_size: int | None,
+    tiles: Path | None,
+) -> None:
     """Export OUT: as an INT8 ONNX file, a compiled bundle that runs without torch, a program of torch, or weights.
 
     onnx has quantize and dequantize nodes where the runtime of --target makes integer kernels of them. onnx-integer is
@@ -37,6 +50,8 @@ def export(out: Path, format_name: str, output: Path, target: str | None, int4: 
         raise click.UsageError(f"--int4 and --batch-size are for --format onnx, not for {format_name}")
     if format_name not in ("onnx", "tvm") and target is not None:
         raise click.UsageError(f"--format {format_name} is the same for every target; leave out --target")
+    if tiles is not None and (format_name != "tvm" or (target or "").partition(":")[0] != "cuda"):
+        raise click.UsageError("--tiles is for --format tvm with --target cuda")
     quantized = open_artifact(out)
     refuse_existing(output)
     if format_name == "onnx":
@@ -48,5 +63,5 @@ def export(out: Path, format_name: str, output: Path, target: str | None, int4: 
     elif format_name == "compressed-tensors":
         quantized.export_compressed_tensors(output)
     else:
-        quantized.export_tvm(output, target or "cpu")
+        quantized.export_tvm(output, target or "cpu", tiles=tiles)
     click.echo(f"wrote {output}")

@@ -55,19 +55,25 @@ def _for_the_cpu(source: str) -> str:
 
 
 @functools.cache
-def emulated_driver() -> Driver:
-    """Return a driver for which this machine has a device."""
+def emulated_driver_library() -> str:
+    """Return the path of a driver library for which this machine has a device."""
     library = Path(_folder().name) / "driver.so"
     _compile(HEADERS / "driver.cpp", library)
+    return str(library)
+
+
+@functools.cache
+def emulated_driver() -> Driver:
+    """Return a driver for which this machine has a device."""
     # Compiled programs look there for what their launches become.
-    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
-    return Driver(str(library))
+    ctypes.CDLL(emulated_driver_library(), ctypes.RTLD_GLOBAL)
+    return Driver(emulated_driver_library())
 
 
 def other_stream() -> int:
     """Return the handle of a stream that is not the driver's own."""
     emulated_driver()
-    get = ctypes.CDLL(str(Path(_folder().name) / "driver.so")).emulation_other_stream
+    get = ctypes.CDLL(emulated_driver_library()).emulation_other_stream
     get.restype = ctypes.c_void_p
     return int(get())
 
@@ -76,7 +82,13 @@ def emulate(
     program: IntegerProgram, architecture: str = "sm_80", change: Callable[[str], str] = lambda source: source
 ) -> CudaProgram:
     """Compile a program for a GPU and run it on the CPU, its source changed before."""
-    target = CudaTarget((architecture,))
+    return emulate_for(program, CudaTarget((architecture,)), change)
+
+
+def emulate_for(
+    program: IntegerProgram, target: CudaTarget, change: Callable[[str], str] = lambda source: source
+) -> CudaProgram:
+    """Compile a program for a target; see :func:`emulate`."""
     lowered = lower(program, target)
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder) / "model.cpp", Path(folder) / "model.so"

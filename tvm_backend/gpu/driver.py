@@ -79,6 +79,12 @@ class Driver:
         self._call("cuDeviceGetAttribute", ctypes.byref(minor), ctypes.c_int(_MINOR), self._device)
         return f"sm_{major.value}{minor.value}"
 
+    def name(self) -> str:
+        """Return the device's name."""
+        text = ctypes.create_string_buffer(256)
+        self._call("cuDeviceGetName", text, ctypes.c_int(len(text)), self._device)
+        return text.value.decode()
+
     def use(self) -> None:
         """Make the device current in the calling thread."""
         self._call("cuCtxSetCurrent", self._context)

@@ -154,15 +154,21 @@ class CudaProgram:
             self._after_the_last(self._driver.stream)
             return self._time(prepared.graph, count)
 
-    def time_calls(self, batch: int, count: int) -> list[float]:
-        """Return the device's milliseconds for each call of the schedule, each on its own ``count`` times in a row."""
+    def time_calls(self, batch: int, count: int, positions: Sequence[int] | None = None) -> list[float]:
+        """Return the device's milliseconds for calls of the schedule, each on its own ``count`` times in a row.
+
+        Args:
+            batch: samples.
+            count: runs of each call.
+            positions: of the calls in the schedule; None for all.
+        """
         found = []
         with self._running:
             self._driver.use()
             prepared = self._prepare(batch)
             self._after_the_last(self._driver.stream)
-            for call in prepared.calls:
-                graph = self._record([call] * count)
+            for position in range(len(prepared.calls)) if positions is None else positions:
+                graph = self._record([prepared.calls[position]] * count)
                 found.append(self._time(graph, 1) / count)
                 self._driver.drop(graph)
         return found

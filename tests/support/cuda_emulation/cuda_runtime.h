@@ -284,7 +284,11 @@ EMULATED_COPY(cg, 16)
 EMULATED_COPY(ca, 8)
 EMULATED_COPY(ca, 4)
 inline void tvm_builtin_ptx_cp_async_commit_group_async_commit_group() { emulation::close_group(); }
-inline void tvm_builtin_ptx_cp_async_wait_group_async_wait_group_1() { emulation::wait_for_groups(1); }
+#define EMULATED_WAIT(but) \
+  inline void tvm_builtin_ptx_cp_async_wait_group_async_wait_group_##but() { emulation::wait_for_groups(but); }
+EMULATED_WAIT(0)
+EMULATED_WAIT(1)
+EMULATED_WAIT(2)
 inline void tvm_builtin_ptx_ldmatrix_sync_aligned_m8n8_x2_shared_b16(uint32_t& a, uint32_t& b, uint32_t row) {
   emulation::load_matrices({&a, &b}, row, false);
 }

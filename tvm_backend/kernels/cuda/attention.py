@@ -28,7 +28,7 @@ from tvm_backend.kernels.cuda.instructions import (
 from tvm_backend.kernels.cuda.rescale import Numbers, Rescaling, Shift
 from tvm_backend.kernels.cuda.runs import Run
 from tvm_backend.kernels.cuda.shared_rows import SharedRows, Source, common_unit
-from tvm_backend.kernels.cuda.tensor_cores import SHARED_MEMORY
+from tvm_backend.kernels.cuda.tiles import SHARED_MEMORY
 from tvm_backend.kernels.kernel import Kernel, Layout, Operand
 from tvm_backend.kernels.shared.arithmetic import cast, literal, lowest
 from tvm_backend.kernels.shared.attention import Attention, ScoreStage, addend_item, item_offset

@@ -11,15 +11,14 @@ from tvm_backend.kernels.cuda.instructions import Instructions
 from tvm_backend.kernels.cuda.rescale import Rescaling
 from tvm_backend.kernels.cuda.runs import Run
 from tvm_backend.kernels.cuda.shared_rows import Source, common_unit
-from tvm_backend.kernels.cuda.tensor_cores import Product, Tile
-from tvm_backend.kernels.cuda.weights import PackedWeights
+from tvm_backend.kernels.cuda.tensor_cores import Product
+from tvm_backend.kernels.cuda.tiles import LinearShape, Tile
+from tvm_backend.kernels.cuda.weights import PackedWeights, stored_bits
 from tvm_backend.kernels.kernel import Array, Kernel, Layout, Operand
 from tvm_backend.kernels.shared.arithmetic import lowest, minus
 from tvm_backend.kernels.shared.epilogue import Epilogue
 from tvm_backend.kernels.shared.function import Buffer, Expr, Function, local, script
 from tvm_backend.targets import CudaTarget
-
-_TILE = Tile(rows=64, columns=64, depth=64, row_warps=2, column_warps=2, stages=3)
 
 
 def emit_linear(
@@ -33,11 +32,13 @@ def emit_linear(
         target: decides which instructions there are.
         epilogue: the operators that alone read the sums.
     """
-    tirx, tile = script(), _TILE
+    tirx = script()
     epilogue = epilogue or Epilogue(None, None, "int32")
     x, weights, bias = operands[0], operands[1].constant(), operands[2].constant()
     count, depth = weights.shape
-    packed = PackedWeights.choose(weights, tile.depth, tile.column_warps, tile.column_tiles)
+    bits = stored_bits(weights)
+    tile = target.tiles.of(LinearShape(count, depth, bits))
+    packed = PackedWeights(bits, tile.depth, tile.column_warps, tile.column_tiles)
     function = Function(node, operands, Layout.matrix(node.type.shape), epilogue.dtype)
     with function.body():
         codes = function.value(0, Layout.matrix(x.type.shape))

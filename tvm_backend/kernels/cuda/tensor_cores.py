@@ -12,49 +12,12 @@ from dataclasses import dataclass
 
 from tvm_backend.kernels.cuda.instructions import CHUNK, Instructions, barrier, load_matrices, words, zero
 from tvm_backend.kernels.cuda.shared_rows import SharedRows, Source
+from tvm_backend.kernels.cuda.tiles import Tile
 from tvm_backend.kernels.cuda.weights import STEP, PackedWeights
 from tvm_backend.kernels.shared.arithmetic import cast, literal
 from tvm_backend.kernels.shared.function import Buffer, Expr, once, script
 
 _LANES = 32
-#: Bytes of shared memory that every GPU gives a block without being asked.
-SHARED_MEMORY = 48 * 1024
-
-
-@dataclass(frozen=True)
-class Tile:
-    """What a block computes at a time.
-
-    Args:
-        rows: of sums, a multiple of 16 for each warp along them.
-        columns: of sums, a multiple of 16 for each warp along them.
-        depth: of a step, a multiple of 32.
-        row_warps: warps that share the rows.
-        column_warps: warps that share the columns.
-        stages: steps in shared memory: products of one, the others on their way.
-    """
-
-    rows: int
-    columns: int
-    depth: int
-    row_warps: int
-    column_warps: int
-    stages: int
-
-    @property
-    def threads(self) -> int:
-        """Of a block."""
-        return _LANES * self.row_warps * self.column_warps
-
-    @property
-    def row_tiles(self) -> int:
-        """Of 16 rows, for each warp."""
-        return self.rows // self.row_warps // 16
-
-    @property
-    def column_tiles(self) -> int:
-        """Of 8 columns, for each warp."""
-        return self.columns // self.column_warps // 8
 
 
 #: Takes a row and the sums of contiguous columns in it, the first column given.

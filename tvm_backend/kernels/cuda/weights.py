@@ -42,20 +42,13 @@ class PackedWeights:
         bits: of a code as stored: 8, 4 or 3.
         depth_step: depth of a tile, a multiple of 32.
         warps: along the columns of a tile.
-        column_tiles: of 8 columns, for each warp; a multiple of 4 with 3 bits.
+        column_tiles: of 8 columns, for each warp, a multiple of 4.
     """
 
     bits: int
     depth_step: int
     warps: int
     column_tiles: int
-
-    @classmethod
-    def choose(cls, weights: Array, depth_step: int, warps: int, column_tiles: int) -> PackedWeights:
-        """Take the fewest bits that hold all codes."""
-        needed = narrowest(weights) if weights.shape[1] <= _LONGEST else 8
-        allowed = (3, 4) if column_tiles % 4 == 0 else (4,)
-        return cls(next((bits for bits in allowed if needed <= bits), 8), depth_step, warps, column_tiles)
 
     @property
     def columns(self) -> int:
@@ -116,6 +109,12 @@ class PackedWeights:
             found += load_words(address, self.vector, "shared")
         spread = _SPREADERS[self.bits](found)
         return [spread[2 * tile : 2 * tile + 2] for tile in range(self.column_tiles)]
+
+
+def stored_bits(weights: Array) -> int:
+    """Return the fewest bits that a linear's weights (columns, depth) are stored with: 3, 4 or 8."""
+    needed = narrowest(weights) if weights.shape[1] <= _LONGEST else 8
+    return next((bits for bits in (3, 4) if needed <= bits), 8)
 
 
 def _narrowed(codes: Bytes, bits: int) -> Bytes:
