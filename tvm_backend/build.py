@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from quantizers.integer.program import IntegerProgram, TensorType
 from quantizers.integer.serialize import program_to_bytes
 from tvm_backend.bundle import LIBRARY, Bundle
 from tvm_backend.gpu.nvcc import compile_library, find_compiler
-from tvm_backend.gpu.source import cuda_source
+from tvm_backend.gpu.source import library_source
 from tvm_backend.gpu.tile_database import known_tiles
 from tvm_backend.imports import import_tvm, tvm_version
 from tvm_backend.link import linker
@@ -43,10 +43,14 @@ def build(program: IntegerProgram, target: str = NATIVE, tiles: Path | None = No
 
 def build_for(program: IntegerProgram, chosen: Target) -> Bundle:
     """Compile a program for a target; see :func:`build`."""
-    # What is needed is found before the minutes that a large program compiles.
-    make = _cuda_maker(chosen) if isinstance(chosen, CudaTarget) else _cpu_maker(chosen)
+    # What compiles or links is found before the time that a large program takes.
+    if isinstance(chosen, CudaTarget):
+        compiler = find_compiler()
+        lowered, source = library_source(program, chosen)
+        return bundle_of(program, chosen, lowered, compile_library(source, chosen, compiler))
+    link = linker(chosen)
     lowered = lower(program, chosen)
-    return bundle_of(program, chosen, lowered, make(lowered))
+    return bundle_of(program, chosen, lowered, _native_library(lowered, chosen, link))
 
 
 def bundle_of(program: IntegerProgram, target: Target, lowered: Lowered, library: bytes) -> Bundle:
@@ -66,21 +70,11 @@ def bundle_of(program: IntegerProgram, target: Target, lowered: Lowered, library
     )
 
 
-def _cpu_maker(target: CpuTarget) -> Callable[[Lowered], bytes]:
-    link = linker(target)
-
-    def make(lowered: Lowered) -> bytes:
-        tvm, llvm = import_tvm(), target.to_tvm()
-        with llvm, tvm.transform.PassContext(opt_level=3):
-            executable = tvm.compile(lowered.module, target=llvm)
-        with tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch) / LIBRARY
-            executable.export_library(str(path), fcompile=link)
-            return path.read_bytes()
-
-    return make
-
-
-def _cuda_maker(target: CudaTarget) -> Callable[[Lowered], bytes]:
-    compiler = find_compiler()
-    return lambda lowered: compile_library(cuda_source(lowered, target), target, compiler)
+def _native_library(lowered: Lowered, target: CpuTarget, link: Any) -> bytes:
+    tvm, llvm = import_tvm(), target.to_tvm()
+    with llvm, tvm.transform.PassContext(opt_level=3):
+        executable = tvm.compile(lowered.module, target=llvm)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / LIBRARY
+        executable.export_library(str(path), fcompile=link)
+        return path.read_bytes()

@@ -6,7 +6,7 @@ import platform
 import re
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +17,7 @@ from tvm_backend.kernels.cuda.tiles import Tiles
 
 NATIVE, CUDA = "native", "cuda"
 #: Of GPUs, oldest first: what ``cuda`` alone stands for.
-CUDA_ARCHITECTURES = ("sm_80", "sm_90")
+CUDA_ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
 _OLDEST, _ASYNCHRONOUS = 75, 80
 
 
@@ -84,7 +84,13 @@ class CudaTarget:
     @property
     def asynchronous_copies(self) -> bool:
         """Whether all copy into shared memory on their own, and multiply 16 by 8 by 32 codes at once."""
-        return int(self.architectures[0].removeprefix("sm_")) >= _ASYNCHRONOUS
+        return _number(self.architectures[0]) >= _ASYNCHRONOUS
+
+    def generations(self) -> tuple[CudaTarget, ...]:
+        """Split into targets whose architectures have the same instructions, the newest first."""
+        recent = tuple(name for name in self.architectures if _number(name) >= _ASYNCHRONOUS)
+        older = tuple(name for name in self.architectures if name not in recent)
+        return tuple(replace(self, architectures=names) for names in (recent, older) if names)
 
     @property
     def arch(self) -> str:
@@ -191,10 +197,14 @@ def _cuda_target(name: str) -> CudaTarget:
             f"unknown target {name!r}; expected {CUDA} or {CUDA}: and architectures with commas between them, "
             f"as {CUDA}:{','.join(CUDA_ARCHITECTURES)}"
         )
-    by_age = sorted(architectures, key=lambda architecture: int(architecture.removeprefix("sm_")))
-    if int(by_age[0].removeprefix("sm_")) < _OLDEST:
+    by_age = sorted(architectures, key=_number)
+    if _number(by_age[0]) < _OLDEST:
         raise TargetError(f"{by_age[0]} has no integer tensor cores; the oldest supported architecture is sm_{_OLDEST}")
     return CudaTarget(tuple(by_age))
+
+
+def _number(architecture: str) -> int:
+    return int(architecture.removeprefix("sm_"))
 
 
 def get_cpu_target(name: str) -> CpuTarget:

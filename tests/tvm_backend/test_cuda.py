@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import shutil
 import subprocess
 
@@ -14,7 +13,7 @@ from support.cuda_emulated import emulate, emulated_driver, other_stream
 from support.models import ours, recipe, spread
 from support.operator_programs import codes, extremes
 from support.programs import ProgramBuilder, random_block, random_images
-from tvm_ffi import from_dlpack, libinfo
+from tvm_ffi import from_dlpack
 
 from calibration.engine import calibrate
 from calibration.integerize import integerize
@@ -26,7 +25,6 @@ from tvm_backend.bundle import load_bundle, save_bundle
 from tvm_backend.gpu.driver import Driver
 from tvm_backend.gpu.nvcc import COMPILER, code_flags
 from tvm_backend.gpu.runtime import CudaProgram
-from tvm_backend.gpu.source import cuda_source
 from tvm_backend.gpu.tensors import DeviceArray, borrow
 from tvm_backend.lower import lower
 from tvm_backend.runtime import CompiledProgram, load
@@ -51,6 +49,11 @@ def placed(array: np.ndarray) -> DeviceArray:
 def test_names_of_targets() -> None:
     assert get_target("cuda") == CudaTarget(CUDA_ARCHITECTURES)
     assert get_target("cuda:sm_90,sm_80") == CudaTarget(("sm_80", "sm_90"))
+    assert CudaTarget(("sm_75", "sm_80", "sm_90")).generations() == (
+        CudaTarget(("sm_80", "sm_90")),
+        CudaTarget(("sm_75",)),
+    )
+    assert CudaTarget(("sm_90",)).generations() == (CudaTarget(("sm_90",)),)
     assert get_target("cuda:sm_120").name == "cuda:sm_120"
 
 
@@ -83,39 +86,6 @@ def test_a_bundle_for_all_architectures_needs_no_gpu(tmp_path) -> None:
         assert architecture.encode() in bundle.library
     with pytest.raises(TargetError, match="was built for cuda:"):
         CompiledProgram(bundle)
-
-
-@needs_compiler
-def test_between_the_doors_there_is_no_float_arithmetic(tmp_path) -> None:
-    target = CudaTarget(("sm_80",))
-    (tmp_path / "model.cu").write_text(cuda_source(lower(random_block(0), target), target))
-    folders = [f"-I{folder}" for folder in (libinfo.find_include_path(), libinfo.find_dlpack_include_path())]
-    ptx = tmp_path / "model.ptx"
-    command = [COMPILER, "-std=c++17", "-O3", "-w", "-ptx", "-arch=sm_80", *folders, str(tmp_path / "model.cu")]
-    subprocess.run([*command, "-o", str(ptx)], check=True)
-    kernels = dict(re.findall(r"^\.visible \.entry (\w+)\((.*?)^}", ptx.read_text(), re.DOTALL | re.MULTILINE))
-    assert len(kernels) > 10
-    floating = {name for name, body in kernels.items() if re.search(r"\.f(16|32|64)\b", body)}
-    assert floating
-    assert all(re.match(r"(de)?quantize_", name) for name in floating), floating
-
-
-@needs_compiler
-@pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_90"])
-def test_registers_are_not_spilled(architecture: str, tmp_path) -> None:
-    """And linears multiply on tensor cores, where copies are asynchronous too."""
-    target = CudaTarget((architecture,))
-    source = tmp_path / "model.cu"
-    source.write_text(cuda_source(lower(random_block(3, tokens=17, head_dim=48, patch=4), target), target))
-    folders = [f"-I{folder}" for folder in (libinfo.find_include_path(), libinfo.find_dlpack_include_path())]
-    command = [COMPILER, "-std=c++17", "-O3", "-w", "-cubin", "-Xptxas", "-v", f"-arch={architecture}", *folders]
-    done = subprocess.run(
-        [*command, str(source), "-o", str(tmp_path / "x")], capture_output=True, text=True, check=True
-    )
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    assert len(spills) > 10
-    assert set(spills) == {("0", "0")}
-    assert ("mma.sync.aligned.m16n8k32" in source.read_text()) == (architecture != "sm_75")
 
 
 @needs_compiler

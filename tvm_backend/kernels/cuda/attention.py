@@ -45,7 +45,7 @@ _KEYS, _STAGES = 64, 3
 #: Keys of two tiles, and of one product with values.
 _PAIR, _STEP = 16, 32
 #: Registers that a thread may spend on what has to stay in them, of 255.
-_REGISTERS = 160
+_REGISTERS = 140
 
 
 def fits(rule: Attention) -> bool:
