@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from quantizers.integer.bounds import Interval
 from quantizers.integer.program import IntegerProgram, Node
-from tvm_backend.kernels.shared.attention import Attention, ScoreStage
+from tvm_backend.kernels.shared.attention import Attention, Divided, Published, ScoreStage
 from tvm_backend.kernels.shared.epilogue import Epilogue, Rescale, fits_int32, operand_zero_point
 from tvm_backend.strides import VIEWS, Strided, strided_source, strided_target
 
@@ -77,7 +77,9 @@ class Patterns:
             if node.op == "linear":
                 group = self._linear(node)
             elif node.op == "normalize_rows":
-                group = self._attention(node)
+                group = self._divided(node)
+            elif node.op == "requantize":
+                group = self._published(node)
             if group is not None:
                 found[group.last.name] = group
         return found
@@ -150,40 +152,15 @@ class Patterns:
 
     # Attention ---------------------------------------------------------------------------------------
 
-    def _attention(self, normalize: Node) -> FusedAttention | None:
+    def _divided(self, normalize: Node) -> FusedAttention | None:
+        """Exponentials, their sum, their product with the values, and one division a row."""
         product = self._producer(normalize.inputs[0], "matmul")
         total = self._producer(normalize.inputs[1], "row_sum")
-        if product is None or total is None or product.integer("transpose_b"):
+        if product is None or total is None:
             return None
         exponentials = self._producer(product.inputs[0], "exponentials", reads=2)
-        if exponentials is None or total.inputs[0] != exponentials.name or product.integer("zero_point_a"):
+        if exponentials is None or total.inputs[0] != exponentials.name or not self._terms_fit(product):
             return None
-        found = self._score_stages(exponentials.inputs[0])
-        if found is None:
-            return None
-        scores, stages = found
-        inner = (scores, *(stage.node for stage in stages), exponentials, total, product, normalize)
-        names = (*scores.inputs, product.inputs[1])
-        types = [self._types[name] for name in names]
-        constants = self._program.constants
-        if (
-            any(kind.dtype not in _BYTES for kind in types)
-            or any(name in constants for name in names)
-            or stages[-1].node.type.dtype not in _BYTES
-            or not all(self._terms_fit(node) for node in (scores, product))
-        ):
-            return None
-        views = [self._source(name) for name in names]
-        lookup = self._byte_lookup(normalize)
-        coded = lookup or normalize
-        chain = tuple(self._views_of(coded))
-        while chain and (target := strided_target(chain, normalize.type.shape)) is None:
-            chain = chain[:-1]
-        target = strided_target(chain, normalize.type.shape)
-        assert target is not None
-        if target.strides[-1] != 1 and normalize.type.shape[-1] > 1:
-            chain, target = (), strided_target((), normalize.type.shape)
-            assert target is not None
         # The reciprocals of all heads have one type, which the largest decides.
         numerator, smallest = self._bounds[normalize.inputs[2]].high, self._bounds[total.name].low
         quotient = numerator // smallest
@@ -193,16 +170,64 @@ class Patterns:
             quotient <= _INT32_MAX
             and ((reach + (1 << (shift - 1))) >> shift) + abs(normalize.integer("zero_point")) + 1 <= _INT32_MAX
         )
+        constants = self._program.constants
+        table, numerators = constants[exponentials.inputs[1]], constants[normalize.inputs[2]]
+        softmax = Divided(table, normalize, numerators, narrow_reciprocal)
+        return self._attention(exponentials, (exponentials, total), product, softmax)
+
+    def _published(self, requantize: Node) -> FusedAttention | None:
+        """I-ViT's Shiftmax, the product of its probabilities with the values, and a rescaling."""
+        product = self._producer(requantize.inputs[0], "matmul")
+        shiftmax = None if product is None else self._producer(product.inputs[0], "shiftmax")
+        last = self._requantized_scores(requantize)
+        if product is None or shiftmax is None or last is None:
+            return None
+        return self._attention(shiftmax, (shiftmax,), product, Published(shiftmax, last))
+
+    def _attention(
+        self, first: Node, inside: tuple[Node, ...], product: Node, softmax: Divided | Published
+    ) -> FusedAttention | None:
+        """Look around a softmax.
+
+        Args:
+            first: of its nodes, whose first operand are the codes of the scores.
+            inside: its nodes up to the product.
+            product: of probabilities and values.
+            softmax: the rule.
+        """
+        found = self._score_stages(first.inputs[0])
+        if found is None or product.integer("transpose_b") or product.integer("zero_point_a"):
+            return None
+        scores, stages = found
+        node, constants = softmax.node, self._program.constants
+        inner = (scores, *(stage.node for stage in stages), *inside, product, node)
+        names = (*scores.inputs, product.inputs[1])
+        types = [self._types[name] for name in names]
+        if (
+            any(kind.dtype not in _BYTES for kind in types)
+            or any(name in constants for name in names)
+            or stages[-1].node.type.dtype not in _BYTES
+            or not self._terms_fit(scores)
+        ):
+            return None
+        views = [self._source(name) for name in names]
+        lookup = self._byte_lookup(node)
+        coded = lookup or node
+        chain = tuple(self._views_of(coded))
+        while chain and (target := strided_target(chain, node.type.shape)) is None:
+            chain = chain[:-1]
+        target = strided_target(chain, node.type.shape)
+        assert target is not None
+        if target.strides[-1] != 1 and node.type.shape[-1] > 1:
+            chain, target = (), strided_target((), node.type.shape)
+            assert target is not None
         last = chain[-1] if chain else coded
         rule = Attention(
             scores=scores,
             stages=stages,
-            table=constants[exponentials.inputs[1]],
+            softmax=softmax,
             product=product,
-            normalize=normalize,
-            numerator=constants[normalize.inputs[2]],
             levels=None if lookup is None else constants[lookup.inputs[1]],
-            narrow_reciprocal=narrow_reciprocal,
             query=views[0][1],
             key=views[1][1],
             value=views[2][1],

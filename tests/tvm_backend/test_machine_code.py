@@ -10,6 +10,7 @@ import pytest
 from support.attention import Shape, attention_program, mlp_program
 from support.machine_code import instructions, needs_compiler, needs_disassembler, resources
 from support.programs import random_block
+from support.published_programs import random_published_block
 from tvm_ffi import libinfo
 
 from quantizers.integer.program import IntegerProgram
@@ -83,8 +84,9 @@ def test_products_are_on_tensor_cores_and_nothing_is_float(
         # As long as rows of scores get, and values as wide as heads usually are.
         (attention_program(Shape(864, 1, 64, 1)), 2),
         (attention_program(Shape(197, 2, 80, 2)), 2),
+        (random_published_block(1, tokens=257, heads=1, head_dim=64, inner=False), 8),
     ],
-    ids=["block", "long", "wide"],
+    ids=["block", "long", "wide", "published"],
 )
 def test_registers_are_not_spilled(program: IntegerProgram, kernels: int, tmp_path: Path) -> None:
     check_resources(compiled(program, CudaTarget(CUDA_ARCHITECTURES), tmp_path), kernels)

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 from support.compiled import compile_for
+from support.cuda_emulated import emulate
 from support.programs import ProgramBuilder, block_id, saturate
 from support.published_programs import random_published_block, random_tokens
 
@@ -35,6 +36,17 @@ def test_each_instruction_set_equals_interpreter(runnable_target, check):
     compiled = compile_for(program, runnable_target)
     for batch in (1, 3):
         check(program, compiled, random_tokens(program, batch, seed=batch))
+
+
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_80"])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_attention_is_one_kernel_on_tensor_cores(bits: int, architecture: str, check) -> None:
+    program = random_published_block(6, tokens=70, heads=2, head_dim=24, bits=bits, inner=False)
+    compiled = emulate(program, architecture)
+    calls = [call.operators for call in compiled.bundle.schedule.calls]
+    assert "attention" in calls
+    assert "shiftmax" not in calls
+    check(program, compiled, random_tokens(program, 2, seed=0))
 
 
 WIDTH = 37

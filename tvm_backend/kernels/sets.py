@@ -8,10 +8,11 @@ from typing import Any
 
 from tvm_backend.kernels.cpu import emitters as cpu
 from tvm_backend.kernels.cpu.attention import emit_attention
+from tvm_backend.kernels.cpu.attention import fits as cpu_attention_fits
 from tvm_backend.kernels.cpu.linear import emit_linear
 from tvm_backend.kernels.cuda import emitters as cuda
 from tvm_backend.kernels.cuda.attention import emit_attention as emit_cuda_attention
-from tvm_backend.kernels.cuda.attention import fits
+from tvm_backend.kernels.cuda.attention import fits as cuda_attention_fits
 from tvm_backend.kernels.cuda.linear import emit_linear as emit_cuda_linear
 from tvm_backend.kernels.cuda.threads import Threads
 from tvm_backend.kernels.kernel import Kernel
@@ -38,8 +39,8 @@ class KernelSet:
     words: Any = None
 
 
-_CPU = KernelSet(cpu.EMITTERS, emit_linear, emit_attention, lambda _: True)
-_CUDA = KernelSet(cuda.EMITTERS, emit_cuda_linear, emit_cuda_attention, fits, Threads())
+_CPU = KernelSet(cpu.EMITTERS, emit_linear, emit_attention, cpu_attention_fits)
+_CUDA = KernelSet(cuda.EMITTERS, emit_cuda_linear, emit_cuda_attention, cuda_attention_fits, Threads())
 
 
 def kernel_set(target: Target) -> KernelSet:

@@ -22,7 +22,7 @@ from tvm_backend.kernels.cpu.rescale import rescale
 from tvm_backend.kernels.cpu.score_stages import ScoreWriter
 from tvm_backend.kernels.kernel import Kernel, Layout, Operand
 from tvm_backend.kernels.shared.arithmetic import cast, literal, saturate, shift_round
-from tvm_backend.kernels.shared.attention import Attention, item_offset
+from tvm_backend.kernels.shared.attention import Attention, Divided, item_offset
 from tvm_backend.kernels.shared.function import Buffer, Expr, Function, local, once, script
 from tvm_backend.kernels.shared.softmax import Numerators
 from tvm_backend.strides import Strided
@@ -33,11 +33,16 @@ _ROWS = 6
 _TILES_PER_TASK = 4
 
 
+def fits(rule: Attention) -> bool:
+    """Tell whether the kernel can be written: for exponentials that are divided at the end."""
+    return isinstance(rule.softmax, Divided)
+
+
 def emit_attention(rule: Attention, operands: Sequence[Operand], target: CpuTarget) -> Kernel:
     """``normalize_rows(exponentials(requantize(q k^T)) v)`` for all heads.
 
     Args:
-        rule: the operators.
+        rule: the operators, for which :func:`fits` holds.
         operands: the values that hold queries, keys and values; the same one may stand for several.
         target: decides which instructions are used.
     """
@@ -55,6 +60,8 @@ def even_runs(vectors: int, widest: int) -> list[tuple[int, int, int]]:
 class _Writer:
     def __init__(self, rule: Attention, operands: Sequence[Operand], target: CpuTarget) -> None:
         self.rule, self.operands, self.target = rule, operands, target
+        assert isinstance(rule.softmax, Divided)
+        self.softmax = rule.softmax
         self.dot: Dot = DOTS[target.dot]
         self.lead, self.queries, self.keys, self.channels = rule.lead, rule.queries, rule.keys, rule.channels
         self.depth = rule.depth
@@ -77,16 +84,16 @@ class _Writer:
                 if same == index:
                     sources[index] = function.value(index, Layout(1, (int(np.prod(operand.type.shape)),)))
                 buffers.append(sources[same])
-            table = by_unsigned_code(rule.table, "uint8")
+            table = by_unsigned_code(self.softmax.table, "uint8")
             self.table = function.constant(table)
-            self.numerators = Numerators(rule.numerator, function, self.lead)
+            self.numerators = Numerators(self.softmax.numerator, function, self.lead)
             self.stages = [ScoreWriter(stage, function, self.lead, self.keys, self.dot.lanes) for stage in rule.stages]
             mask = np.zeros(WIDTH, np.int8)
             mask[: self.keys - (self.padded_keys - WIDTH)] = -1
             self.mask = function.constant(mask)
             self.levels: TableStore | None = None
             if rule.levels is not None:
-                self.levels = TableStore(rule.levels, rule.normalize.type.dtype, function, self.target)
+                self.levels = TableStore(rule.levels, self.softmax.node.type.dtype, function, self.target)
             result = function.result()
             items = function.rows * count
             keys, values = self._pack(buffers, items, count)
@@ -236,7 +243,7 @@ class _Writer:
         tirx.buffer_store(sums, total[0], [i])
 
     def _reciprocals(self, numerator: Expr, sums: Buffer) -> Buffer:
-        wide = "int32" if self.rule.narrow_reciprocal else "int64"
+        wide = "int32" if self.softmax.narrow_reciprocal else "int64"
         reciprocals = local(_ROWS, wide)
         for i in range(_ROWS):
             # Both are positive, where truncation is the floor.
@@ -275,8 +282,8 @@ class _Writer:
                         store_part(result, start, join(codes, lanes), width * lanes, columns)
 
     def _divided(self, sums: Expr, reciprocal: Expr, lanes: int) -> Expr:
-        tirx, node = script(), self.rule.normalize
+        tirx, node = script(), self.softmax.node
         factor = tirx.broadcast(reciprocal, lanes)
-        if self.rule.narrow_reciprocal:
+        if self.softmax.narrow_reciprocal:
             return rescale(node, [(sums, factor)], lanes, narrow=True)
         return saturate(shift_round(cast(sums, "int64", lanes) * factor, node.integer("shift"), lanes), node, lanes)

@@ -4,13 +4,15 @@ A warp has 16 queries. Keys, then values, come through shared memory in blocks o
 the products leave them, four in a register: two neighbouring tiles of 8 keys in the lower and the upper half. That is
 how the next product wants its left operand, but for the order of the keys within a step of 32, and values are read in
 that same order: transposed, two keys of two channels a register, which a permutation of bytes turns into four keys of
-one channel. The table of exponentials replaces the codes in place, and each row is divided once by its sum.
+one channel. What the softmax makes of the codes replaces them in place: exponentials, whose rows are divided once by
+their sums at the end, or the probabilities of I-ViT's Shiftmax, whose upper bytes are a second operand beside them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -31,8 +33,9 @@ from tvm_backend.kernels.cuda.shared_rows import SharedRows, Source, common_unit
 from tvm_backend.kernels.cuda.tiles import SHARED_MEMORY
 from tvm_backend.kernels.kernel import Kernel, Layout, Operand
 from tvm_backend.kernels.shared.arithmetic import cast, literal, lowest
-from tvm_backend.kernels.shared.attention import Attention, ScoreStage, addend_item, item_offset
+from tvm_backend.kernels.shared.attention import Attention, Divided, Published, ScoreStage, addend_item, item_offset
 from tvm_backend.kernels.shared.function import Buffer, Expr, Function, local, once, script
+from tvm_backend.kernels.shared.ivit import reciprocal, shift_exponentials
 from tvm_backend.kernels.shared.softmax import Numerators
 from tvm_backend.strides import Strided
 from tvm_backend.targets import CudaTarget
@@ -50,15 +53,16 @@ _REGISTERS = 140
 
 def fits(rule: Attention) -> bool:
     """Tell whether the codes of a row of scores and the sums of a row of values fit the registers."""
-    codes = 2 * -(-rule.keys // _PAIR)
+    operands = len(_byte_weights(rule))
+    codes = operands * 2 * -(-rule.keys // _PAIR)
     sums, queries = 2 * -(-rule.channels // CHUNK) * 4, -(-rule.depth // _STEP) * 4
     widest = max(_rounded(rule.depth, _STEP), _rounded(rule.channels, CHUNK))
     shared = _WARPS * _ROWS * _rounded(rule.depth, _STEP) + _STAGES * _KEYS * widest
-    return codes + max(sums, queries) <= _REGISTERS and shared <= SHARED_MEMORY
+    return codes + max(operands * sums, queries) <= _REGISTERS and shared <= SHARED_MEMORY
 
 
 def emit_attention(rule: Attention, operands: Sequence[Operand], target: CudaTarget) -> Kernel:
-    """``normalize_rows(exponentials(requantize(q k^T)) v)`` for all heads.
+    """``normalize_rows(exponentials(requantize(q k^T)) v)``, or Shiftmax and a rescaling, for all heads.
 
     Args:
         rule: the operators, for which :func:`fits` holds.
@@ -66,6 +70,13 @@ def emit_attention(rule: Attention, operands: Sequence[Operand], target: CudaTar
         target: decides which instructions are used.
     """
     return _Writer(rule, operands, target).kernel()
+
+
+def _byte_weights(rule: Attention) -> tuple[int, ...]:
+    """Return how often each byte of a probability counts, the lower one first."""
+    softmax = rule.softmax
+    # Shiftmax of b bits reaches 2^(b-1), which takes b bits.
+    return (1, 256) if isinstance(softmax, Published) and softmax.shiftmax.integer("bits") > 8 else (1,)
 
 
 def _rounded(extent: int, unit: int) -> int:
@@ -103,9 +114,8 @@ class _Writer:
             #: The two rows of scores that a thread has columns of.
             own = thread // _LANES * _ROWS + self.lane // 4
             self.rows = [once(first_query + cast(own + 8 * half, "int64")) for half in range(2)]
-            for stage in self.stages:
-                stage.hold()
-            self.shift.hold()
+            for held in (*self.stages, self.softmax):
+                held.hold()
             self.zero_points = self.zeros.hold()
             storage = tirx.alloc_buffer((self._shared_bytes(),), "int8", scope="shared")
             queries = SharedRows(storage, 0, _ROWS * self.warps, self.depth)
@@ -139,7 +149,7 @@ class _Writer:
                     self._scores(arriving(number), block_of_keys)
                     continue
                 if block_of_keys == 0:
-                    self._exponentials()
+                    self._probabilities()
                     self._begin_mixture()
                 self._mix(arriving(number), block_of_keys)
             self._finish()
@@ -153,10 +163,13 @@ class _Writer:
             same = next((i for i in range(index) if self.operands[i] is operand), index)
             layout = Layout(1, (math.prod(operand.type.shape),))
             self.sources.append(function.value(index, layout) if same == index else self.sources[same])
-        self.table = function.constant(rule.table)
-        self.numerators = Numerators(np.broadcast_to(rule.numerator, (*rule.lead, 1, 1)), function, rule.lead)
         self.stages = [_Stage(stage, function, rule) for stage in rule.stages]
-        self.shift = Shift(rule.normalize, function, narrow=rule.narrow_reciprocal)
+        softmax = rule.softmax
+        self.softmax: _DividedRows | _Shiftmax = (
+            _DividedRows(softmax, function, rule)
+            if isinstance(softmax, Divided)
+            else _Shiftmax(softmax, function, rule)
+        )
         left, right = (rule.scores.integer(key) for key in ("zero_point_a", "zero_point_b"))
         self.centred = (left != 0, right != 0)
         self.zeros = Numbers(function, [left, right, rule.depth * left * right, rule.product.integer("zero_point_b")])
@@ -260,32 +273,51 @@ class _Writer:
 
     # Softmax -----------------------------------------------------------------------------------------
 
-    def _exponentials(self) -> None:
-        """Replace codes by exponentials, those of keys that do not exist by 0, and add up each row."""
+    def _probabilities(self) -> None:
+        """Replace codes by the bytes of what multiplies the values, 0 for keys that do not exist."""
         tirx = script()
-        self.totals = local(2, "int32")
         for half in range(2):
             self._over_quad(self.largest, half, tirx.max)
+        if isinstance(self.softmax, _Shiftmax):
+            with tirx.unroll(self.pairs) as pair:
+                for half in range(2):
+                    for _, distance, exists in self._distances(pair, half):
+                        with tirx.If(exists), tirx.Then():
+                            self.softmax.add(distance, half)
+            self.softmax.finish_sums(lambda sums, half: self._over_quad(sums, half, operator.add))
+        self.bytes = [self.codes, *(words(2 * self.pairs) for _ in _byte_weights(self.rule)[1:])]
+        self.totals = local(2, "int32")
+        for half in range(2):
             tirx.buffer_store(self.totals, literal(0, "int32"), [half])
         with tirx.unroll(self.pairs) as pair:
             for half in range(2):
-                found = words(1)
-                zero(found, 1)
-                for byte in range(4):
-                    bits = tirx.shift_right(self.codes[2 * pair + half], _word(8 * byte))
-                    # Both are bytes of the same kind and the largest is not below: the difference modulo 256 is it.
-                    distance = tirx.bitwise_and(self.largest[half] - cast(bits, "int32"), literal(255, "int32"))
-                    key = pair * _PAIR + byte // 2 * 8 + self.lane % 4 * 2 + byte % 2
+                found = [words(1) for _ in self.bytes]
+                for word in found:
+                    zero(word, 1)
+                for byte, distance, exists in self._distances(pair, half):
                     entry = local(1, "int32")
                     tirx.buffer_store(entry, literal(0, "int32"), [0])
-                    with tirx.If(key < self.rule.keys), tirx.Then():
-                        tirx.buffer_store(entry, cast(self.table[distance], "int32"), [0])
+                    with tirx.If(exists), tirx.Then():
+                        tirx.buffer_store(entry, self.softmax.probability(distance, half), [0])
                     tirx.buffer_store(self.totals, self.totals[half] + entry[0], [half])
-                    moved = tirx.shift_left(cast(entry[0], "uint32"), _word(8 * byte))
-                    tirx.buffer_store(found, tirx.bitwise_or(found[0], moved), [0])
-                tirx.buffer_store(self.codes, found[0], [2 * pair + half])
+                    for position, word in enumerate(found):
+                        part = tirx.shift_right(cast(entry[0], "uint32"), _word(8 * position))
+                        moved = tirx.shift_left(tirx.bitwise_and(part, _word(255)), _word(8 * byte))
+                        tirx.buffer_store(word, tirx.bitwise_or(word[0], moved), [0])
+                for target, word in zip(self.bytes, found, strict=True):
+                    tirx.buffer_store(target, word[0], [2 * pair + half])
         for half in range(2):
-            self._over_quad(self.totals, half, lambda a, b: a + b)
+            self._over_quad(self.totals, half, operator.add)
+
+    def _distances(self, pair: Expr, half: int) -> Iterator[tuple[int, Expr, Expr]]:
+        """Yield the bytes of a register of codes, their distances from the largest, and whether the keys exist."""
+        tirx = script()
+        for byte in range(4):
+            bits = tirx.shift_right(self.codes[2 * pair + half], _word(8 * byte))
+            # Both are bytes of the same kind and the largest is not below: modulo 256 the difference is the distance.
+            distance = tirx.bitwise_and(self.largest[half] - cast(bits, "int32"), literal(255, "int32"))
+            key = pair * _PAIR + byte // 2 * 8 + self.lane % 4 * 2 + byte % 2
+            yield byte, distance, key < self.rule.keys
 
     def _over_quad(self, values: Buffer, half: int, combine: Callable[[Expr, Expr], Expr]) -> None:
         """Combine what the four threads of a row hold."""
@@ -297,9 +329,10 @@ class _Writer:
     # Values ------------------------------------------------------------------------------------------
 
     def _begin_mixture(self) -> None:
-        self.mixture = [words(4) for _ in range(self.channels // 8)]
-        for sums in self.mixture:
-            zero(sums, 4)
+        self.mixtures = [[words(4) for _ in range(self.channels // 8)] for _ in self.bytes]
+        for mixture in self.mixtures:
+            for sums in mixture:
+                zero(sums, 4)
 
     def _mix(self, values: SharedRows, block: int) -> None:
         """Add the products of exponentials and a block of values."""
@@ -308,51 +341,117 @@ class _Writer:
         with tirx.unroll(min(_KEYS // _STEP, self.steps - first)) as step:
             start = 4 * (first + step)
             # Two rows of one pair of tiles, then of the next.
-            left = [self.codes[start + i] for i in range(4)]
+            lefts = [[part[start + i] for i in range(4)] for part in self.bytes]
             for chunk in range(self.channels // CHUNK):
                 rows = values.address(step * _STEP + self.lane, chunk)
                 found = load_matrices(rows, 4, transposed=True)
                 for parity, selector in enumerate((0x6420, 0x7531)):
                     right = [permute_bytes(found[2 * i], found[2 * i + 1], selector) for i in range(2)]
-                    sums = self.mixture[2 * chunk + parity]
-                    self.instructions.multiply(sums, left, right, "uint8", self.dtypes[2])
+                    for left, mixture in zip(lefts, self.mixtures, strict=True):
+                        sums = mixture[2 * chunk + parity]
+                        self.instructions.multiply(sums, left, right, "uint8", self.dtypes[2])
 
     def _finish(self) -> None:
-        """Divide each row by its sum and store it."""
+        """Turn the sums of a row into codes and store them."""
         tirx, rule = script(), self.rule
         at = self._index(rule.result)
         extents = [s for s, n in zip(rule.result.strides[:-1], (*rule.lead, rule.queries), strict=True) if n > 1]
-        aligned = common_unit(rule.result.offset, rule.channels, math.prod(rule.result_node.type.shape), *extents) >= 4
-        run = Run(self.result, 4, aligned=aligned)
-        wide = "int32" if rule.narrow_reciprocal else "int64"
+        whole = common_unit(rule.result.offset, rule.channels, math.prod(rule.result_node.type.shape), *extents)
+        run = Run(self.result, 4, aligned=whole >= 4)
+        weights = _byte_weights(rule)
         for half in range(2):
             row = self.rows[half]
             with tirx.If(row < rule.queries), tirx.Then():
-                numerator = self.numerators.of(self.head)
-                quotient = import_tvm("tvm.tirx").truncdiv(numerator, cast(self.totals[half], "int64"))
-                reciprocal = local(1, wide)
-                tirx.buffer_store(reciprocal, cast(quotient, wide), [0])
+                self.softmax.begin_row(self.head, self.totals[half])
                 taken = once(self.zero_points[3] * cast(self.totals[half], "int64"))
                 for chunk in range(self.channels // CHUNK):
                     channel = chunk * CHUNK + self.lane % 4 * 4
                     codes = []
                     for i in range(4):
                         # Even channels of a chunk are one tile, odd ones the next.
-                        total = cast(self.mixture[2 * chunk + i % 2][2 * half + i // 2], "int32") - cast(taken, "int32")
-                        codes.append(self._divided(total, reciprocal[0]))
+                        total = literal(0, "int32") - cast(taken, "int32")
+                        for weight, mixture in zip(weights, self.mixtures, strict=True):
+                            total = total + cast(mixture[2 * chunk + i % 2][2 * half + i // 2], "int32") * weight
+                        codes.append(self._looked_up(self.softmax.code(total, self.head)))
                     with tirx.If(channel < rule.channels), tirx.Then():
                         sample, place = at(row, channel)
                         end = place - channel + rule.channels
                         run.store([sample, place], codes, end)
 
-    def _divided(self, total: Expr, reciprocal: Expr) -> Expr:
-        code = self.shift.code(cast(total, "int64") * cast(reciprocal, "int64"))
+    def _looked_up(self, code: Expr) -> Expr:
         if self.levels is None:
             return code
         held = local(1, "int32")
-        position = cast(code, "int32") - lowest(self.rule.normalize.type.dtype)
+        position = cast(code, "int32") - lowest(self.rule.softmax.node.type.dtype)
         script().buffer_store(held, position, [0])
         return self.levels[held[0]]
+
+
+class _DividedRows:
+    """Exponentials of one byte, and a division of each row at the end."""
+
+    def __init__(self, softmax: Divided, function: Function, rule: Attention) -> None:
+        self._wide = "int32" if softmax.narrow_reciprocal else "int64"
+        self._table = function.constant(softmax.table)
+        self._numerators = Numerators(np.broadcast_to(softmax.numerator, (*rule.lead, 1, 1)), function, rule.lead)
+        self._shift = Shift(softmax.node, function, narrow=softmax.narrow_reciprocal)
+
+    def hold(self) -> None:
+        """Read what is the same for all rows."""
+        self._shift.hold()
+
+    def probability(self, distance: Expr, _half: int) -> Expr:
+        """Return the exponential of a code, int32."""
+        return cast(self._table[distance], "int32")
+
+    def begin_row(self, head: Expr, total: Expr) -> None:
+        """Divide, before the first :meth:`code` of a row whose exponentials have a sum."""
+        quotient = import_tvm("tvm.tirx").truncdiv(self._numerators.of(head), cast(total, "int64"))
+        self._reciprocal = local(1, self._wide)
+        script().buffer_store(self._reciprocal, cast(quotient, self._wide), [0])
+
+    def code(self, total: Expr, _head: Expr) -> Expr:
+        """Return the code of a sum of values."""
+        return self._shift.code(cast(total, "int64") * cast(self._reciprocal[0], "int64"))
+
+
+class _Shiftmax:
+    """I-ViT's Shiftmax: a first pass adds up a row, whose reciprocal makes probabilities of exponentials."""
+
+    def __init__(self, softmax: Published, function: Function, rule: Attention) -> None:
+        node = softmax.shiftmax
+        self._table = function.constant(shift_exponentials(node))
+        self._shift = Numbers(function, [32 - node.integer("bits")])
+        self._last = _Stage(softmax.last, function, rule)
+
+    def hold(self) -> None:
+        """Read what is the same for all rows."""
+        self._last.hold()
+        (self._held_shift,) = self._shift.hold()
+        self._sums = local(2, "int64")
+        for half in range(2):
+            script().buffer_store(self._sums, literal(0, "int64"), [half])
+
+    def add(self, distance: Expr, half: int) -> None:
+        """Add the exponential of a code to its row's sum."""
+        script().buffer_store(self._sums, self._sums[half] + self._table[distance], [half])
+
+    def finish_sums(self, over_quad: Callable[[Buffer, int], None]) -> None:
+        """Turn the sums of the threads of each row into its factor."""
+        for half in range(2):
+            over_quad(self._sums, half)
+            script().buffer_store(self._sums, reciprocal(self._sums[half]), [half])
+
+    def probability(self, distance: Expr, half: int) -> Expr:
+        """Return the probability of a code, int32."""
+        return cast(script().shift_right(self._table[distance] * self._sums[half], self._held_shift), "int32")
+
+    def begin_row(self, _head: Expr, _total: Expr) -> None:
+        """Nothing is divided at the end."""
+
+    def code(self, total: Expr, head: Expr) -> Expr:
+        """Return the code of a sum of values."""
+        return self._last.code(total, head, literal(0, "int64"), literal(0, "int32"))
 
 
 class _Stage:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from quantizers.integer.program import Node
+from quantizers.integer.program import INTEGER_RANGES, Node
 from tvm_backend.kernels.shared.arithmetic import cast, literal
 from tvm_backend.kernels.shared.function import Expr, Function, once, script
 
@@ -53,8 +53,11 @@ class Shift:
         """Return the code of an int64 sum of products."""
         tirx, node, dtype = script(), self._node, self._dtype
         shifted = cast(tirx.shift_right(total + self._half, self._shift), dtype) + cast(self._zero_point, dtype)
-        low, high = (literal(node.integer(key), dtype) for key in ("qmin", "qmax"))
-        return cast(tirx.max(tirx.min(shifted, high), low), node.type.dtype)
+        low, high = node.integer("qmin"), node.integer("qmax")
+        # All of int32 needs no limits; its lowest number, as TVM writes it, would be a long in C++.
+        if dtype == "int32" and (low, high) == INTEGER_RANGES["int32"]:
+            return shifted
+        return cast(tirx.max(tirx.min(shifted, literal(high, dtype)), literal(low, dtype)), node.type.dtype)
 
 
 class Rescaling:

@@ -33,34 +33,63 @@ class ScoreStage:
 
 
 @dataclass(frozen=True)
+class Divided:
+    """Exponentials multiply the values as they are, and each row is divided once by its sum.
+
+    Args:
+        table: of ``exponentials``.
+        node: ``normalize_rows``.
+        numerator: of ``normalize_rows``, one entry or one for each of the leading axes.
+        narrow_reciprocal: whether ``numerator // sum`` and the quotients are proved to fit int32.
+    """
+
+    table: Array = field(repr=False)
+    node: Node
+    numerator: Array = field(repr=False)
+    narrow_reciprocal: bool
+
+
+@dataclass(frozen=True)
+class Published:
+    """I-ViT's ``shiftmax``: probabilities of up to 16 bits multiply the values, and the sums are rescaled.
+
+    Args:
+        shiftmax: the node.
+        last: ``requantize`` of the sums.
+    """
+
+    shiftmax: Node
+    last: ScoreStage
+
+    @property
+    def node(self) -> Node:
+        """The node that makes the codes."""
+        return self.last.node
+
+
+@dataclass(frozen=True)
 class Attention:
     """The operators of one attention, and where their operands lie in the kernel's arguments.
 
     Args:
         scores: ``matmul`` of queries and keys.
         stages: what turns their sums into 8-bit codes.
-        table: of ``exponentials``.
-        product: ``matmul`` of the exponentials and the values.
-        normalize: ``normalize_rows``.
-        numerator: of ``normalize_rows``, one entry or one for each of the leading axes.
+        softmax: what turns codes into probabilities, and the product with the values into codes.
+        product: ``matmul`` of the probabilities and the values.
         levels: table of the ``lookup`` that alone reads its codes, if one does.
-        narrow_reciprocal: whether ``numerator // sum`` and the quotients are proved to fit int32.
         query: queries in operand 0, axes (*lead, queries, depth).
         key: keys in operand 1, axes (*lead, keys, depth).
         value: values in operand 2, axes (*lead, keys, channels).
         result: the mixture in the result, axes (*lead, queries, channels).
-        result_node: last node, ``normalize``, its ``lookup`` or a view, whose value the kernel computes.
+        result_node: last node, that of ``softmax``, its ``lookup`` or a view, whose value the kernel computes.
         depth: channels of queries and keys.
     """
 
     scores: Node
     stages: tuple[ScoreStage, ...]
-    table: Array = field(repr=False)
+    softmax: Divided | Published
     product: Node
-    normalize: Node
-    numerator: Array = field(repr=False)
     levels: Array | None = field(repr=False)
-    narrow_reciprocal: bool
     query: Strided
     key: Strided
     value: Strided

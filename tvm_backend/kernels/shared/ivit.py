@@ -33,7 +33,8 @@ def _quotient(numerator: Expr, denominator: Expr) -> Expr:
     return import_tvm("tvm.tirx").truncdiv(numerator, denominator)
 
 
-def _reciprocal(total: Expr) -> Expr:
+def reciprocal(total: Expr) -> Expr:
+    """Return what a row's int64 exponentials are multiplied with, given their sum."""
     largest = literal(RECIPROCAL, "int64")
     return _quotient(largest, script().min(total, largest))
 
@@ -42,6 +43,11 @@ def _exponentials(node: Node, distances: range) -> Array:
     """Return the exponentials of some distances, int64."""
     inverse, window = node.integer("inverse_scale"), node.integer("window")
     return np.array([shift_exponential(distance, inverse, window) for distance in distances], np.int64)
+
+
+def shift_exponentials(node: Node) -> Array:
+    """Return the exponentials by the distance of an 8-bit code from the largest of its row, int64 (256,)."""
+    return _exponentials(node, range(0, -256, -1))
 
 
 def emit_shiftmax(node: Node, operands: Sequence[Operand], _target: Target) -> Kernel:
@@ -53,7 +59,7 @@ def emit_shiftmax(node: Node, operands: Sequence[Operand], _target: Target) -> K
     function = Function(node, operands, layout)
     with function.body():
         codes = function.value(0, layout)
-        table = function.constant(_exponentials(node, range(0, -256, -1)))
+        table = function.constant(shift_exponentials(node))
         result = function.result()
         with each_row(function.rows) as row:
             largest = largest_code(row, codes, width, dtype)
@@ -61,7 +67,7 @@ def emit_shiftmax(node: Node, operands: Sequence[Operand], _target: Target) -> K
             with row.columns(width) as (column,):
                 tirx.buffer_store(total, total[0] + table[largest[0] - cast(codes[row.index, column], "int32")], [0])
             row.add_up(total)
-            factor = _variable(_reciprocal(total[0]))
+            factor = _variable(reciprocal(total[0]))
             with row.columns(width) as (column,):
                 exponential = table[largest[0] - cast(codes[row.index, column], "int32")]
                 probability = tirx.shift_right(exponential * factor[0], shift)
@@ -81,14 +87,14 @@ def emit_shift_gelu(node: Node, operands: Sequence[Operand], _target: Target) ->
     function = Function(node, operands, layout)
     with function.body():
         codes = function.value(0, layout)
-        table, one_table = function.constant(_exponentials(node, range(0, -256, -1))), function.constant(ones)
+        table, one_table = function.constant(shift_exponentials(node)), function.constant(ones)
         result = function.result()
         with each_row(function.rows) as row:
             largest = largest_code(row, codes, width, dtype)
             one = _variable(one_table[largest[0] - literal(first, "int32")])
             with row.columns(width) as (column,):
                 above = table[largest[0] - cast(codes[row.index, column], "int32")]
-                sigmoid = cast(tirx.shift_right(above * _reciprocal(above + one[0]), shift), "int32")
+                sigmoid = cast(tirx.shift_right(above * reciprocal(above + one[0]), shift), "int32")
                 centred = minus(codes[row.index, column], zero_point, "int32")
                 tirx.buffer_store(result, centred * sigmoid, [row.index, column])
     return function.kernel()
