@@ -20,6 +20,7 @@ import numpy.typing as npt
 from .engines import ENGINES, Array, Loaded, SkipEngineError, Task, load_engine
 from .files import Files
 from .protocol import protect_standard_output, send
+from .similarity import cosine
 from .turn import take_turn
 
 
@@ -55,8 +56,7 @@ def check_answer(answer: Array, files: Files, name: str) -> dict[str, Any]:
                 "nothing is timed until they are equal"
             )
         found["equal"] = True
-    norms = np.linalg.norm(answer, axis=1) * np.linalg.norm(expected, axis=1)
-    found["cosine"] = float(np.mean(np.sum(answer * expected, axis=1) / np.maximum(norms, 1e-30)))
+    found["cosine"] = cosine(answer, expected)
     if not found["cosine"] >= engine.least_cosine:
         raise WrongAnswerError(
             f"{engine.title}: answers have a cosine of {found['cosine']:.4f} with the float network's, "

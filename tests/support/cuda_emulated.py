@@ -90,8 +90,14 @@ def emulate_for(
 ) -> CudaProgram:
     """Compile a program for a target; see :func:`emulate`."""
     lowered = lower(program, target)
+    library = emulate_source(change(cuda_source(lowered, target)))
+    return CudaProgram(bundle_of(program, target, lowered, library), emulated_driver())
+
+
+def emulate_source(source: str) -> bytes:
+    """Compile CUDA C++ that TVM has written to a shared library for the CPU."""
     with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder) / "model.cpp", Path(folder) / "model.so"
-        source.write_text(_for_the_cpu(change(cuda_source(lowered, target))))
-        _compile(source, library)
-        return CudaProgram(bundle_of(program, target, lowered, library.read_bytes()), emulated_driver())
+        unit, library = Path(folder) / "model.cpp", Path(folder) / "model.so"
+        unit.write_text(_for_the_cpu(source))
+        _compile(unit, library)
+        return library.read_bytes()

@@ -23,7 +23,7 @@ from quantizers.integer.interpret import interpret
 from tvm_backend.build import build
 from tvm_backend.bundle import load_bundle, save_bundle
 from tvm_backend.gpu.driver import Driver
-from tvm_backend.gpu.nvcc import COMPILER, code_flags
+from tvm_backend.gpu.nvcc import COMPILER, code_flags, compiler_version, find_compiler
 from tvm_backend.gpu.runtime import CudaProgram
 from tvm_backend.gpu.tensors import DeviceArray, borrow
 from tvm_backend.lower import lower
@@ -163,6 +163,51 @@ def test_tensors_of_the_device(check) -> None:
             lent = borrow(output, "output")
             np.testing.assert_array_equal(driver.download(lent.address, lent.shape, lent.dtype), wanted.numpy())
     check(program, compiled, random_images(program, 3, seed=3))
+
+
+def test_poisoned_memory_changes_nothing() -> None:
+    program = random_block(0)
+    compiled, images = emulate(program), random_images(program, 2, seed=0)
+    compiled.poison(3, 0x5A)
+    expected = interpret(program, torch.from_numpy(images))
+    for found, wanted in zip(compiled(images), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted.numpy(), strict=True)
+
+
+def test_what_was_in_memory_is_gone_once_it_is_poisoned() -> None:
+    """Of the poison: without its last kernel a program gives its last answer again, until that is overwritten."""
+    program = random_block(0)
+    compiled, images = emulate(program), random_images(program, 2, seed=0)
+    first = compiled(images)[0]
+    calls = compiled.bundle.schedule.calls
+    written = compiled.bundle.schedule.outputs[0]
+    kept = tuple(call for call in calls if call.arguments[-1].position != written.position)
+    schedule = dataclasses.replace(compiled.bundle.schedule, calls=kept)
+    stale = CudaProgram(dataclasses.replace(compiled.bundle, schedule=schedule), emulated_driver())
+    stale.poison(2, 0x5A)
+    (poisoned, *_) = stale(images)
+    assert set(poisoned.tobytes()) == {0x5A}
+    assert set(first.tobytes()) != {0x5A}
+
+
+def test_bytes_of_the_device_are_set() -> None:
+    driver = emulated_driver()
+    address = driver.allocate(16)
+    driver.upload(address, np.arange(16, dtype=np.uint8))
+    driver.fill(address + 4, 0xA5, 8, driver.stream)
+    expected = np.r_[np.arange(4), np.full(8, 0xA5), np.arange(12, 16)]
+    np.testing.assert_array_equal(driver.download(address, (16,), "uint8"), expected)
+    driver.free(address)
+
+
+def test_the_device_and_the_driver_say_what_they_are() -> None:
+    driver = emulated_driver()
+    assert (driver.name(), driver.version(), driver.processors()) == ("emulated device", "12.4", 1)
+
+
+@needs_compiler
+def test_the_compiler_says_what_it_is() -> None:
+    assert re.fullmatch(r"release \d+\.\d+, V[\d.]+", compiler_version(find_compiler()))
 
 
 def test_values_that_are_not_finite_are_said_after_waiting() -> None:

@@ -16,7 +16,9 @@ Array = npt.NDArray[np.generic]
 
 LIBRARY = "libcuda.so.1"
 #: Numbers of ``CUdevice_attribute``.
-_MAJOR, _MINOR = 75, 76
+_PROCESSORS, _MAJOR, _MINOR = 16, 75, 76
+#: More than the name of any device takes.
+_NAME_BYTES = 256
 #: A stream that does not wait for the default one, and a capture that other threads do not disturb.
 _NON_BLOCKING, _THREAD_LOCAL = 1, 1
 #: Events that are only waited for.
@@ -72,12 +74,30 @@ class Driver:
             said = text.value.decode() if text.value else f"error {code}"
             raise TargetError(f"the NVIDIA driver refuses {function}: {said}")
 
+    def _attribute(self, number: int) -> int:
+        found = ctypes.c_int()
+        self._call("cuDeviceGetAttribute", ctypes.byref(found), ctypes.c_int(number), self._device)
+        return found.value
+
     def architecture(self) -> str:
         """Return the device's architecture, as ``sm_90``."""
-        major, minor = ctypes.c_int(), ctypes.c_int()
-        self._call("cuDeviceGetAttribute", ctypes.byref(major), ctypes.c_int(_MAJOR), self._device)
-        self._call("cuDeviceGetAttribute", ctypes.byref(minor), ctypes.c_int(_MINOR), self._device)
-        return f"sm_{major.value}{minor.value}"
+        return f"sm_{self._attribute(_MAJOR)}{self._attribute(_MINOR)}"
+
+    def processors(self) -> int:
+        """Return how many multiprocessors the device has."""
+        return self._attribute(_PROCESSORS)
+
+    def name(self) -> str:
+        """Return what NVIDIA calls the device."""
+        text = ctypes.create_string_buffer(_NAME_BYTES)
+        self._call("cuDeviceGetName", text, ctypes.c_int(_NAME_BYTES), self._device)
+        return text.value.decode()
+
+    def version(self) -> str:
+        """Return the newest version of CUDA that the driver knows, as ``12.4``."""
+        found = ctypes.c_int()
+        self._call("cuDriverGetVersion", ctypes.byref(found))
+        return f"{found.value // 1000}.{found.value % 1000 // 10}"
 
     def name(self) -> str:
         """Return the device's name."""
@@ -110,6 +130,11 @@ class Driver:
         """Copy from device to device."""
         addresses = ctypes.c_uint64(target), ctypes.c_uint64(source)
         self._call("cuMemcpyDtoDAsync_v2", *addresses, ctypes.c_size_t(size), ctypes.c_void_p(stream))
+
+    def fill(self, address: int, value: int, size: int, stream: int) -> None:
+        """Set bytes of the device to a value, 0 to 255."""
+        arguments = ctypes.c_uint64(address), ctypes.c_ubyte(value), ctypes.c_size_t(size)
+        self._call("cuMemsetD8Async", *arguments, ctypes.c_void_p(stream))
 
     def host_memory(self, size: int) -> Array:
         """Return bytes of the host that the device writes to while the host goes on; kept until the process ends."""

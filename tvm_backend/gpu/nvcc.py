@@ -29,6 +29,13 @@ def find_compiler() -> str:
     return found
 
 
+def compiler_version(compiler: str) -> str:
+    """Return the version of a compiler from :func:`find_compiler`, as it says it: ``release 13.0, V13.0.88``."""
+    # As below, the user's own path names the program.
+    said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout  # noqa: S603
+    return next((line[line.index("release") :] for line in said.splitlines() if "release" in line), "unknown")
+
+
 def compile_library(source: str, target: CudaTarget, compiler: str) -> bytes:
     """Compile a translation unit to a shared library.
 

@@ -118,11 +118,11 @@ class CudaProgram:
         self._last: int | None = None
         self._clock = tuple(self._driver.event(timed=True) for _ in range(2))
 
-    def __call__(self, *inputs: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.generic], ...]:
+    def __call__(self, *inputs: Array) -> tuple[Array, ...]:
         """Run the program.
 
         Args:
-            inputs: float32 ``(batch, *shape)``, in the order of ``bundle.inputs``.
+            inputs: ``(batch, *shape)`` of the types, and in the order, of ``bundle.inputs``: float32 images.
 
         Returns:
             One array ``(batch, *shape)`` for each of ``bundle.outputs``.
@@ -145,6 +145,26 @@ class CudaProgram:
                 if np.count_nonzero(self._fetch(flags, batch)):
                     check_finite(self.bundle.inputs[index][0], finite=False)
             return tuple(self._fetch(output, batch) for output in schedule.outputs)
+
+    def poison(self, batch: int, value: int) -> None:
+        """Set all bytes of the device that runs of a batch size read and write, but the constants, to a value.
+
+        A run that reads what it has not written then gives another answer than after an equal run.
+
+        Args:
+            batch: samples.
+            value: 0 to 255.
+        """
+        with self._running:
+            self._driver.use()
+            self._prepare(batch)
+            self._after_the_last(self._driver.stream)
+            for address, size in zip(self._inputs, self._input_sizes(), strict=True):
+                self._driver.fill(address, value, self._room * size, self._driver.stream)
+            size = self._room * self.bundle.schedule.arena_bytes
+            self._driver.fill(self._arena, value, size, self._driver.stream)
+            # The next run may come on another stream.
+            self._driver.synchronize()
 
     def time_runs(self, batch: int, count: int) -> float:
         """Return the device's milliseconds for a run, of several one after the other on what lies in the inputs."""
@@ -269,10 +289,13 @@ class CudaProgram:
             if address:
                 self._driver.free(address)
         self._inputs, self._arena, self._room = [], 0, 0
-        sizes = [math.prod(kind.shape) * np.dtype(kind.dtype).itemsize for _, kind in self.bundle.inputs]
-        self._inputs = [self._driver.allocate(batch * size) for size in sizes]
+        self._inputs = [self._driver.allocate(batch * size) for size in self._input_sizes()]
         self._arena = self._driver.allocate(batch * self.bundle.schedule.arena_bytes)
         self._room = batch
+
+    def _input_sizes(self) -> list[int]:
+        """Return the bytes of one sample of each input."""
+        return [math.prod(kind.shape) * np.dtype(kind.dtype).itemsize for _, kind in self.bundle.inputs]
 
     def _bind(self, batch: int) -> _Prepared:
         held: list[DeviceArray] = []

@@ -32,7 +32,12 @@ int cuDeviceGet(int* device, int number) { *device = number; return 0; }
 int cuDeviceGetName(char* name, int size, int) { strncpy(name, "emulated GPU", size); return 0; }
 int cuDevicePrimaryCtxRetain(void** context, int) { *context = &blocks; return 0; }
 int cuCtxSetCurrent(void* context) { return context == &blocks ? 0 : 201; }
-int cuDeviceGetAttribute(int* value, int attribute, int) { *value = attribute == 75 ? 9 : 0; return 0; }
+int cuDeviceGetAttribute(int* value, int attribute, int) {
+  *value = attribute == 75 ? 9 : attribute == 16 ? 1 : 0;
+  return 0;
+}
+int cuDeviceGetName(char* text, int length, int) { strncpy(text, "emulated device", length); return 0; }
+int cuDriverGetVersion(int* version) { *version = 12040; return 0; }
 int cuGetErrorString(int code, const char** text) { *text = code == 2 ? "out of memory" : "invalid value"; return 0; }
 int cuMemAlloc_v2(uint64_t* address, size_t size) {
   if (size > (size_t(1) << 34)) return 2;
@@ -78,6 +83,11 @@ int cuMemcpyHtoDAsync_v2(uint64_t target, const void* source, size_t size, void*
 int cuMemcpyDtoDAsync_v2(uint64_t target, uint64_t source, size_t size, void* on) {
   if (!known(on) || capturing) return 1;
   memcpy((void*)target, (const void*)source, size);
+  return 0;
+}
+int cuMemsetD8Async(uint64_t target, unsigned char value, size_t size, void* on) {
+  if (!known(on) || capturing) return 1;
+  memset((void*)target, value, size);
   return 0;
 }
 int cuMemcpyDtoHAsync_v2(void* target, uint64_t source, size_t size, void* on) {
