@@ -14,10 +14,10 @@ DOCUMENTED := ptq.api ptq.data ptq.preprocessing ptq.sources ptq.recipes ptq.rec
 	ptq.diagnosis ptq.mixed_precision ptq.nearest_neighbours ptq.deployment calibration.rules quantizers.spec quantizers.errors quantizers.integer.program \
 	tvm_backend.build tvm_backend.bundle tvm_backend.runtime
 
-.PHONY: help setup demo test check aarch64 browser docs bench bench-accuracy bench-calibration bench-cpu bench-presets bench-dinov2 bench-ivit bench-search format clean
+.PHONY: help setup demo test check aarch64 browser docs bench bench-accuracy bench-calibration bench-cpu bench-gpu bench-presets bench-dinov2 bench-ivit bench-search format clean
 
 help:
-	@echo "make demo | test | check | aarch64 | browser | docs | bench | bench-accuracy | bench-calibration | bench-cpu | bench-presets | bench-dinov2 | bench-ivit | bench-search | format | clean"
+	@echo "make demo | test | check | aarch64 | browser | docs | bench | bench-accuracy | bench-calibration | bench-cpu | bench-gpu | bench-presets | bench-dinov2 | bench-ivit | bench-search | format | clean"
 
 setup: $(VENV)/.ready
 
@@ -89,6 +89,10 @@ bench-ivit: $(VENV)/.ready-bench $(DINOV2_WHEEL)
 bench-cpu: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/cpu.py $(ARGS)
 	$(BIN)/python benchmarks/cpu_formats.py
+
+# On a machine with an NVIDIA GPU, its driver, and nvcc on the path.
+bench-gpu: $(VENV)/.ready-bench
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 # The ONNX files for each runtime, in each runtime.
 bench-presets: $(VENV)/.ready-bench

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cpu_comparison.networks import NETWORKS
 from cpu_comparison.plot import FLOAT_COLOUR, INTEGER_COLOUR, OURS_COLOUR, Bar, Panel, draw
 from cpu_comparison.report import table
 
@@ -48,7 +49,7 @@ def _where(results: dict[str, Any]) -> str:
 
 
 def _problems(results: dict[str, Any]) -> list[str]:
-    lines = [f"- {name}: {problem}" for name, problem in results["problems"].items()]
+    lines = [f"- {NETWORKS[name].title}: {problem}" for name, problem in results["problems"].items()]
     for network in results["networks"].values():
         lines += [f"- {network['title']}, {form}: {problem}" for form, problem in network["problems"].items()]
         lines += [f"- {network['title']}, {Difference(**difference)}" for difference in network["differences"]]
