@@ -55,7 +55,7 @@ class Plan:
     rounds: int
     turn_ms: float = 50.0
     profile_rounds: int = 10
-    ceiling_rounds: int = 5
+    ceiling_rounds: int = 20
     copy_bytes: int = COPY_BYTES
     peak_repeats: int = REPEATS
 
@@ -110,18 +110,28 @@ def compare_network(
     result["ceilings"] = measure_ceilings(peak, device.driver, plan.ceiling_rounds, plan.copy_bytes).to_dict()
     result["cells"], result["kernels"] = [], []
     for batch in plan.batches:
-        chosen = np.ascontiguousarray(images[:batch])
-        loaded, states = _load(peers, module, calibration, chosen, reference[:batch])
-        states |= {form: {"status": "failed", "reason": problem} for form, problem in result["problems"].items()}
-        for form, program in programs.items():
-            # What is timed runs on what lies in the inputs.
-            answer = np.asarray(program(chosen)[0], np.float32)
-            states[form] = {"status": "timed", "cosine": cosine(answer, reference[:batch])}
-            kernels = [dataclasses.asdict(kernel) for kernel in profile(program, batch, plan.profile_rounds)]
-            result["kernels"].append({"batch": batch, "form": form, "kernels": kernels})
-        engines = {form: _ours(program, batch) for form, program in programs.items()}
-        engines |= {name: running.time for name, running in loaded.items()}
-        measured = take_rounds(engines, frozenset(loaded), plan.rounds, plan.turn_ms)
+        chosen, wanted = np.ascontiguousarray(images[:batch]), reference[:batch]
+        states: dict[str, dict[str, Any]] = {
+            form: {"status": "failed", "reason": result["problems"][form]}
+            for form in plan.forms
+            if form not in programs
+        }
+        try:
+            for form, program in programs.items():
+                # What is timed runs on what lies in the inputs.
+                answer = np.asarray(program(chosen)[0], np.float32)
+                states[form] = {"status": "timed", "cosine": cosine(answer, wanted)}
+                kernels = [dataclasses.asdict(kernel) for kernel in profile(program, batch, plan.profile_rounds)]
+                result["kernels"].append({"batch": batch, "form": form, "kernels": kernels})
+            loaded, others = _load(peers, module, calibration, chosen, wanted)
+            measured = _take_rounds(programs, loaded, batch, plan)
+        # What other batches have shown is kept.
+        except Exception as error:  # noqa: BLE001
+            traceback.print_exc()
+            result["problems"][f"batch {batch}"] = first_line(error)
+            say(f"{title}, batch {batch}: {first_line(error)}")
+            continue
+        states |= others
         # In the order of the tables: forms, then peers.
         ordered = {name: states[name] for name in (*plan.forms, *peers)}
         cell = {"batch": batch, "engines": _with_ratios(ordered, measured, baseline_of(plan.forms))}
@@ -129,9 +139,14 @@ def compare_network(
         say(_describe(title, cell, peers))
         # Graphs of torch hold the memory of all their values.
         loaded.clear()
-        engines.clear()
         release()
     return result
+
+
+def _take_rounds(programs: Mapping[str, CudaProgram], loaded: Mapping[str, Running], batch: int, plan: Plan) -> Rounds:
+    engines = {form: _ours(program, batch) for form, program in programs.items()}
+    engines |= {name: running.time for name, running in loaded.items()}
+    return take_rounds(engines, frozenset(loaded), plan.rounds, plan.turn_ms)
 
 
 def _checked(

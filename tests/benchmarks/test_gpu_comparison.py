@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import subprocess
 from collections.abc import Callable
@@ -17,14 +18,16 @@ from click.testing import CliRunner
 from cpu_comparison import networks
 from gpu_comparison.comparison import Plan, failures
 from gpu_comparison.correctness import POISON, check, differing_values, interpreted
-from gpu_comparison.device import Device
+from gpu_comparison.device import Device, device_here
 from gpu_comparison.peers import PEERS, Peer
 from support.cuda_emulated import emulate, emulate_source, emulated_driver
 from support.programs import random_block, random_images
 
+from quantizers.errors import TargetError
 from quantizers.integer.program import IntegerProgram
 from quantizers.integer.serialize import program_to_bytes
 from tvm_backend.bundle import Bundle
+from tvm_backend.gpu.driver import Driver
 from tvm_backend.gpu.nvcc import COMPILER
 from tvm_backend.gpu.runtime import CudaProgram
 
@@ -51,8 +54,11 @@ def emulated(program: IntegerProgram, target: str) -> Bundle:
     return BUILT[key]
 
 
+compiled = functools.cache(emulate_source)
+
+
 def emulated_device(build: Callable[[IntegerProgram, str], Bundle] = emulated) -> Device:
-    return Device(emulated_driver(), "release 0.0, V0.0.0", build, lambda source, _: emulate_source(source))
+    return Device(emulated_driver(), "release 0.0, V0.0.0", build, lambda source, _: compiled(source))
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +77,27 @@ class Answering:
 
     def time(self, _count: int) -> float:
         return 5.0
+
+
+class RunningOut:
+    """A driver whose memory ends before the images of a batch.
+
+    Args:
+        driver: does everything else.
+        at_batch: number of images.
+    """
+
+    def __init__(self, driver: Driver, at_batch: int) -> None:
+        self._driver = driver
+        self._limit = at_batch * 4 * SMALLEST.channels * SMALLEST.image_size**2
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._driver, name)
+
+    def allocate(self, size: int) -> int:
+        if size == self._limit:
+            raise TargetError("out of memory")
+        return self._driver.allocate(size)
 
 
 def test_what_is_equal_is_timed_and_peers_may_be_missing(tmp_path: Path) -> None:
@@ -150,6 +177,16 @@ def test_a_form_that_cannot_be_built_is_said_and_the_others_are_timed(tmp_path: 
     assert "| smallest ViT | 1, 3 | equal | **failed** |" in (tmp_path / "gpu.md").read_text()
 
 
+def test_a_batch_that_cannot_be_timed_leaves_the_others(tmp_path: Path) -> None:
+    plan = dataclasses.replace(PLAN, forms=FORMS[:1], check_batches=(1,), batches=(2, 4), rounds=1)
+    driver = RunningOut(emulated_driver(), at_batch=4)
+    device = dataclasses.replace(emulated_device(), driver=driver)
+    results = gpu.compare(("smallest",), plan, device, {}, tmp_path, lambda _: None)
+    assert failures(results["networks"], results["problems"]) == ["smallest ViT, batch 4: TargetError: out of memory"]
+    assert [cell["batch"] for cell in results["networks"]["smallest"]["cells"]] == [2]
+    assert "- smallest ViT, batch 4: TargetError: out of memory" in (tmp_path / "gpu.md").read_text()
+
+
 def without_the_last_kernel(program: CudaProgram) -> CudaProgram:
     schedule = program.bundle.schedule
     calls = tuple(call for call in schedule.calls if call.arguments[-1].position != schedule.outputs[0].position)
@@ -161,9 +198,9 @@ def test_what_an_earlier_run_left_behind_does_not_count() -> None:
     program = random_block(0)
     images = random_images(program, 3, seed=1)
     expected, driver = interpreted(program, images), emulated_driver()
-    compiled = emulate(program)
-    assert check("form", compiled, driver, images, expected, (1, 3)) == []
-    stale = without_the_last_kernel(compiled)
+    whole = emulate(program)
+    assert check("form", whole, driver, images, expected, (1, 3)) == []
+    stale = without_the_last_kernel(whole)
     found = check("form", stale, driver, images, expected, (1,))
     assert [difference.call for difference in found] == ["arrays", "device tensors"]
     assert all(difference.differing >= expected[0][:1].size for difference in found)
@@ -203,10 +240,6 @@ def test_a_machine_without_a_driver_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_machine_without_a_compiler_is_refused(monkeypatch) -> None:
-    from gpu_comparison.device import device_here
-
-    from quantizers.errors import TargetError
-
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(TargetError, match=f"targets cuda need {COMPILER}"):
         device_here(emulated_driver)
