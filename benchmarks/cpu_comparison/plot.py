@@ -58,7 +58,7 @@ def write_plot(results: dict[str, Any], path: Path) -> None:
     draw(rows, bars, where, path)
 
 
-def draw(rows: Sequence[Sequence[Panel]], bars: Mapping[str, Bar], where: str, path: Path) -> None:
+def draw(rows: Sequence[Sequence[Panel]], bars: Mapping[str, Bar], where: str, path: Path, digits: int = 2) -> None:
     """Write a PNG with a row of panels for each network.
 
     Args:
@@ -66,6 +66,7 @@ def draw(rows: Sequence[Sequence[Panel]], bars: Mapping[str, Bar], where: str, p
         bars: engines, from top to bottom.
         where: machine and date.
         path: the picture; one that exists is replaced.
+        digits: of milliseconds, behind the point.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - takes a second to import
     from matplotlib.figure import Figure  # noqa: PLC0415 - as above
@@ -80,13 +81,13 @@ def draw(rows: Sequence[Sequence[Panel]], bars: Mapping[str, Bar], where: str, p
         for place in places[len(row) :]:
             place.set_visible(False)
         for place, panel in zip(places, row, strict=False):
-            _bars(place, panel, bars)
+            _bars(place, panel, bars, digits)
             place.set_title(panel.title, fontsize=9)
     figure.suptitle(f"Milliseconds a call, shorter is better; in brackets: times ours. {where}", fontsize=9)
     figure.savefig(path)
 
 
-def _bars(place: Any, panel: Panel, bars: Mapping[str, Bar]) -> None:
+def _bars(place: Any, panel: Panel, bars: Mapping[str, Bar], digits: int) -> None:
     engines = list(reversed(bars))
     states = [panel.states[engine] for engine in engines]
     timed = [state["status"] == "timed" for state in states]
@@ -105,7 +106,7 @@ def _bars(place: Any, panel: Panel, bars: Mapping[str, Bar]) -> None:
     longest = max([median + more for median, more in zip(medians, above, strict=True)] + [1e-6])
     place.set_xlim(0, 1.4 * longest)
     for position, (state, median, there) in enumerate(zip(states, medians, timed, strict=True)):
-        text = f" {median:.2f}" if there else f" {state['status']}"
+        text = f" {median:.{digits}f}" if there else f" {state['status']}"
         if there and "ratio" in state and not bars[engines[position]].reference:
             text += f" ({state['ratio']['median']:.2f})"
         # Behind the whisker, not on it.

@@ -166,7 +166,7 @@ def write_plot(results: dict[str, Any], path: Path) -> bool:
     ]
     if rows:
         device = results["device"]
-        draw(rows, bars, f"{device['name']}, {results['machine']['date'][:10]}", path)
+        draw(rows, bars, f"{device['name']}, {results['machine']['date'][:10]}", path, digits=3)
     return bool(rows)
 
 
