@@ -62,7 +62,7 @@ def test_what_is_found_is_added_to_the_default_database(monkeypatch: pytest.Monk
     for _ in range(2):
         found = tune(program)
         assert found.path == default_path()
-        assert [(e.architecture, e.device) for e in found.entries] == [("sm_90", "emulated GPU")] * len(found.entries)
+        assert {(e.architecture, e.device) for e in found.entries} == {("sm_90", "emulated device")}
         assert [e.shape for e in TileDatabase.read(default_path()).entries] == [e.shape for e in found.entries]
 
 

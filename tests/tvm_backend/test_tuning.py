@@ -154,7 +154,7 @@ def remote(monkeypatch: pytest.MonkeyPatch) -> Iterator[RemoteMachine]:
 def test_another_machine_answers_as_this_one_does(remote: RemoteMachine) -> None:
     program = random_block(0)
     images, expected = prepared(program)
-    assert remote.describe() == ("sm_90", "emulated GPU")
+    assert remote.describe() == ("sm_90", "emulated device")
     number = remote.load(build(program, CudaTarget(("sm_90",))))
     for found, wanted in zip(remote.run(number, images), expected, strict=True):
         np.testing.assert_array_equal(found, wanted, strict=True)

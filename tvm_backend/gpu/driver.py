@@ -99,12 +99,6 @@ class Driver:
         self._call("cuDriverGetVersion", ctypes.byref(found))
         return f"{found.value // 1000}.{found.value % 1000 // 10}"
 
-    def name(self) -> str:
-        """Return the device's name."""
-        text = ctypes.create_string_buffer(256)
-        self._call("cuDeviceGetName", text, ctypes.c_int(len(text)), self._device)
-        return text.value.decode()
-
     def use(self) -> None:
         """Make the device current in the calling thread."""
         self._call("cuCtxSetCurrent", self._context)

@@ -29,7 +29,6 @@ extern "C" {
 int cuInit(unsigned) { return 0; }
 int cuDeviceGetCount(int* count) { *count = 1; return 0; }
 int cuDeviceGet(int* device, int number) { *device = number; return 0; }
-int cuDeviceGetName(char* name, int size, int) { strncpy(name, "emulated GPU", size); return 0; }
 int cuDevicePrimaryCtxRetain(void** context, int) { *context = &blocks; return 0; }
 int cuCtxSetCurrent(void* context) { return context == &blocks ? 0 : 201; }
 int cuDeviceGetAttribute(int* value, int attribute, int) {
