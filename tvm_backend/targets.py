@@ -19,6 +19,8 @@ NATIVE, CUDA = "native", "cuda"
 #: Of GPUs, oldest first: what ``cuda`` alone stands for.
 CUDA_ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
 _OLDEST, _ASYNCHRONOUS = 75, 80
+#: The one with groups of warps.
+_HOPPER = "sm_90"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +72,16 @@ class CudaTarget:
     Args:
         architectures: those that machine code is made for, as ``sm_80``, oldest first; the newest one's PTX serves
             those that come after it.
-        tiles: how the products of linears are cut.
+        tiles: how the products of linears are cut; those of Hopper's groups of warps are left out where machine code
+            is made for another architecture too.
     """
 
     architectures: tuple[str, ...]
     tiles: Tiles = field(default_factory=Tiles, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.tiles.groups and self.architectures != (_HOPPER,):
+            object.__setattr__(self, "tiles", self.tiles.without_groups())
 
     @property
     def name(self) -> str:
@@ -106,7 +113,7 @@ class CudaTarget:
         """Return the ``tvm.target.Target``; its host code is CUDA C++, so that one compiler makes the library."""
         options: dict[str, object] = {
             "kind": "cuda",
-            "arch": self.architectures[0],
+            "arch": f"{_HOPPER}a" if self.tiles.groups else self.architectures[0],
             "max_threads_per_block": 1024,
             "max_shared_memory_per_block": 49152,
             "thread_warp_size": 32,

@@ -17,13 +17,13 @@ from tvm_backend.gpu.nvcc import COMPILER
 needs_compiler = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"{COMPILER} is not on the path")
 
 _FUNCTION = re.compile(r"^\s*Function : (\w+)$")
-_ARCHITECTURE = re.compile(r"^arch = (sm_\d+)$")
+_ARCHITECTURE = re.compile(r"^arch = (sm_\d+a?)$")
 #: An address, perhaps a predicate, then the operation.
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)")
 #: How the assembler may load a constant where the units for integers are busy: its bits plus zero times zero.
 _CONSTANT = re.compile(r"HFMA2(\.MMA)? R\d+, -RZ, RZ, ")
 _RESOURCES = re.compile(
-    r"Compiling entry function '(\w+)' for '(sm_\d+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+    r"Compiling entry function '(\w+)' for '(sm_\d+a?)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
     r".*?Used (\d+) registers(?:.*?(\d+) bytes smem)?",
     re.DOTALL,
 )

@@ -10,7 +10,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from support.cuda_emulated import emulate, emulated_driver, other_stream
+from support.cuda_emulated import emulate, emulate_for, emulated_driver, other_stream
 from support.models import ours, recipe, spread
 from support.operator_programs import codes, extremes
 from support.programs import ProgramBuilder, random_block, random_images
@@ -27,6 +27,7 @@ from tvm_backend.gpu.driver import Driver
 from tvm_backend.gpu.nvcc import COMPILER, code_flags, compiler_version, find_compiler
 from tvm_backend.gpu.runtime import CudaProgram
 from tvm_backend.gpu.tensors import DeviceArray, borrow
+from tvm_backend.kernels.cuda.tiles import Tile, Tiles
 from tvm_backend.lower import lower
 from tvm_backend.runtime import CompiledProgram, load
 from tvm_backend.targets import CUDA_ARCHITECTURES, CudaTarget, get_target
@@ -60,7 +61,7 @@ def test_names_of_targets() -> None:
 
 @pytest.mark.parametrize("name", ["cuda:", "cuda:90", "cuda:sm_80,", "cuda:sm_80,sm_80", "cuda:sm_90a b"])
 def test_other_names_are_refused(name: str) -> None:
-    with pytest.raises(TargetError, match=r"expected cuda or cuda: and architectures .* as cuda:sm_80,sm_90"):
+    with pytest.raises(TargetError, match=r"expected cuda or cuda: and architectures .* as cuda:sm_75,sm_80,sm_90"):
         get_target(name)
 
 
@@ -118,10 +119,18 @@ def test_a_bundle_is_refused_without_a_driver(tmp_path) -> None:
 # On a device that the CPU emulates --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ["sm_75", "sm_80"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        CudaTarget(("sm_75",)),
+        CudaTarget(("sm_80",)),
+        CudaTarget(("sm_90",), Tiles(default=Tile(64, 64, 64, 4, 1, 4, True))),
+    ],
+    ids=["sm_75", "sm_80", "warp groups"],
+)
 @pytest.mark.parametrize("dtype", ["int8", "uint8"])
 @pytest.mark.parametrize("depth", [16, 27, 64, 72, 588])
-def test_products_on_tensor_cores(depth: int, dtype: str, architecture: str, check) -> None:
+def test_products_on_tensor_cores(depth: int, dtype: str, target: CudaTarget, check) -> None:
     """Depths that end inside a step or a word, rows and columns that end inside a tile, the extremes of operands."""
     rng = np.random.default_rng(depth)
     b = ProgramBuilder(67, depth)
@@ -132,7 +141,7 @@ def test_products_on_tensor_cores(depth: int, dtype: str, architecture: str, che
         bias = rng.integers(-1000, 1000, count).astype(np.int32)
         outputs.append(b.node("linear", (x, b.constant(weight), b.constant(bias)), "int32", (67, count)))
     program = b.build(*outputs)
-    compiled = emulate(program, architecture)
+    compiled = emulate_for(program, target)
     for batch in (1, 2, 3):
         check(program, compiled, extremes(rng, batch, 67, depth))
 

@@ -17,6 +17,7 @@ from quantizers.integer.program import IntegerProgram
 from tvm_backend.build import build
 from tvm_backend.gpu.nvcc import COMPILER, code_flags
 from tvm_backend.gpu.source import library_source
+from tvm_backend.gpu.tune import linear_shapes
 from tvm_backend.kernels.cuda.tiles import SHARED_MEMORY, VARIANTS, Tile, Tiles
 from tvm_backend.targets import CUDA_ARCHITECTURES, CudaTarget
 
@@ -40,10 +41,12 @@ def compiled(program: IntegerProgram, target: CudaTarget, folder: Path) -> str:
     return subprocess.run(arguments, capture_output=True, text=True, check=True).stderr
 
 
-def check_resources(report: str, kernels: int) -> None:
+def check_resources(report: str, kernels: int, architectures: tuple[str, ...] = CUDA_ARCHITECTURES) -> None:
+    # The compiler says where it has to wait for each product of a group of warps.
+    assert "serializ" not in report
     found = resources(report)
-    assert {architecture for architecture, _ in found} == set(CUDA_ARCHITECTURES)
-    assert len(found) >= kernels * len(CUDA_ARCHITECTURES)
+    assert {architecture for architecture, _ in found} == set(architectures)
+    assert len(found) >= kernels * len(architectures)
     for place, used in found.items():
         assert used.spilled == 0, place
         assert used.shared <= SHARED_MEMORY, place
@@ -77,6 +80,18 @@ def test_products_are_on_tensor_cores_and_nothing_is_float(
     assert {kernel.split("_")[0] for _, kernel in found} >= kernels
 
 
+@needs_disassembler
+def test_groups_of_warps_multiply_weights_of_8_bits(tmp_path: Path) -> None:
+    program = mlp_program(Shape(70, 3, 48, 11))
+    bits = [shape.bits for shape in linear_shapes(program).values()]
+    assert 8 in bits
+    compiled(program, CudaTarget(("sm_90",), Tiles(default=next(tile for tile in VARIANTS if tile.groups))), tmp_path)
+    found = instructions(tmp_path / "model.o")
+    grouped = [name for name, operations in found.items() if any(op.startswith("IGMMA.") for op in operations)]
+    assert len(grouped) == bits.count(8)
+    assert all(architecture == "sm_90a" and kernel.startswith("linear_") for architecture, kernel in grouped)
+
+
 @pytest.mark.parametrize(
     ("program", "kernels"),
     [
@@ -84,7 +99,7 @@ def test_products_are_on_tensor_cores_and_nothing_is_float(
         # As long as rows of scores get, and values as wide as heads usually are.
         (attention_program(Shape(864, 1, 64, 1)), 2),
         (attention_program(Shape(197, 2, 80, 2)), 2),
-        (random_published_block(1, tokens=257, heads=1, head_dim=64, inner=False), 8),
+        (random_published_block(1, tokens=197, heads=1, head_dim=64, inner=False), 8),
     ],
     ids=["block", "long", "wide", "published"],
 )
@@ -94,9 +109,10 @@ def test_registers_are_not_spilled(program: IntegerProgram, kernels: int, tmp_pa
 
 @pytest.mark.parametrize("tile", VARIANTS, ids=str)
 def test_every_tile_fits_every_architecture(tile: Tile, tmp_path: Path) -> None:
-    target = CudaTarget(CUDA_ARCHITECTURES, Tiles(default=tile))
+    architectures = ("sm_90",) if tile.groups else CUDA_ARCHITECTURES
+    target = CudaTarget(architectures, Tiles(default=tile))
     report = compiled(mlp_program(Shape(70, 3, 48, 11)), target, tmp_path)
-    check_resources(report, kernels=3)
+    check_resources(report, kernels=3, architectures=("sm_90a",) if tile.groups else CUDA_ARCHITECTURES)
     for (_, kernel), used in resources(report).items():
         if kernel.startswith("linear_"):
             assert used.registers * tile.threads <= REGISTERS

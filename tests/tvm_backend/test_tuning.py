@@ -13,7 +13,8 @@ import pytest
 import torch
 from support.attention import Shape, mlp_program, tied_attention
 from support.cuda_emulated import emulate_for, emulated_driver, emulated_driver_library
-from support.programs import random_block, random_images
+from support.operator_programs import codes
+from support.programs import ProgramBuilder, random_block, random_images
 
 from quantizers.errors import ArtifactError, TargetError, UsageError
 from quantizers.integer.interpret import interpret
@@ -21,7 +22,7 @@ from quantizers.integer.program import IntegerProgram
 from tvm_backend.build import build as build_bundle
 from tvm_backend.bundle import Bundle
 from tvm_backend.gpu.machines import LocalMachine, Machine, RemoteMachine, served
-from tvm_backend.gpu.nvcc import COMPILER
+from tvm_backend.gpu.nvcc import COMPILER, code_flags
 from tvm_backend.gpu.tile_database import Entry, TileDatabase, default_path, known_tiles
 from tvm_backend.gpu.tune import linear_shapes, tune
 from tvm_backend.kernels.cuda.tiles import DEFAULT, VARIANTS, LinearShape, Tile, Tiles
@@ -30,6 +31,7 @@ from tvm_backend.targets import CudaTarget
 pytestmark = pytest.mark.tvm
 
 SMALL, WIDE = Tile(16, 64, 64, 1, 2, 4), Tile(64, 128, 64, 2, 2, 3)
+GROUPED = Tile(64, 64, 64, 4, 1, 4, groups=True)
 SHAPE = LinearShape(1152, 384, 8)
 
 
@@ -49,7 +51,7 @@ def prepared(program: IntegerProgram) -> tuple[np.ndarray, list[np.ndarray]]:
 @pytest.mark.parametrize("tile", VARIANTS, ids=str)
 def test_every_tile_computes_the_same(tile: Tile, check) -> None:
     program = mlp_program(Shape(70, 3, 48, 11))
-    compiled = emulate_for(program, CudaTarget(("sm_80",), Tiles(default=tile)))
+    compiled = emulate_for(program, CudaTarget(("sm_90",) if tile.groups else ("sm_80",), Tiles(default=tile)))
     check(program, compiled, random_images(program, 2, seed=1))
 
 
@@ -63,6 +65,10 @@ def test_every_tile_computes_the_same(tile: Tile, check) -> None:
         ((0, 64, 64, 1, 1, 2), "whole products"),
         ((128, 128, 128, 2, 4, 3), "more threads, registers or shared memory"),
         ((256, 128, 32, 2, 2, 2), "more threads, registers or shared memory"),
+        ((64, 64, 64, 2, 2, 3, True), "groups of four warps"),
+        ((128, 64, 64, 4, 1, 3, True), "groups of four warps"),
+        ((64, 64, 128, 4, 1, 3, True), "groups of four warps"),
+        ((64, 64, 64, 4, 1, 2, True), "groups of four warps"),
     ],
 )
 def test_tiles_that_fit_no_gpu_are_refused(tile: tuple[int, ...], message: str) -> None:
@@ -115,6 +121,40 @@ def test_the_fastest_over_all_batches_is_kept() -> None:
     assert found[0].ms == {1: 1.0, 8: 2.0}
     assert found[0].default_ms == {1: 1.0, 8: 4.0}
     assert [e.shape for e in found] == sorted(set(linear_shapes(random_block(0)).values()))
+
+
+def test_groups_of_warps_are_for_hopper_alone() -> None:
+    """And for weights of 8 bits; bundles that have to serve others do without."""
+    tiles = Tiles({SHAPE: GROUPED, dataclasses.replace(SHAPE, depth=64): WIDE}, GROUPED)
+    assert CudaTarget(("sm_90",), tiles).tiles == tiles
+    assert tiles.of(dataclasses.replace(SHAPE, bits=4)) == DEFAULT
+    assert tiles.of(dataclasses.replace(SHAPE, columns=64)) == GROUPED
+    for architectures in (("sm_80",), ("sm_80", "sm_90"), ("sm_100",)):
+        plain = CudaTarget(architectures, tiles).tiles
+        assert not plain.groups
+        assert plain.of(dataclasses.replace(SHAPE, depth=64)) == WIDE
+        assert plain.of(SHAPE) == DEFAULT
+    assert code_flags(CudaTarget(("sm_90",), tiles)) == ["-gencode=arch=compute_90a,code=sm_90a"]
+
+
+def test_a_product_that_is_not_waited_for_is_noticed() -> None:
+    """Of the emulator: products of groups happen no sooner than they are waited for."""
+    rng = np.random.default_rng(0)
+    b = ProgramBuilder(64, 128)
+    weight, bias = rng.integers(-128, 128, (64, 128)).astype(np.int8), np.zeros(64, np.int32)
+    operands = (codes(b, "int8", 64, 128), b.constant(weight), b.constant(bias))
+    program = b.build(b.node("linear", operands, "int32", (64, 64)))
+    target = CudaTarget(("sm_90",), Tiles(default=GROUPED))
+    images, expected = prepared(program)
+    wait = "  tvm_builtin_ptx_wgmma_wait_group_wait_group_sync_aligned_0();\n"
+
+    def without(source: str) -> str:
+        assert wait in source
+        return source.replace(wait, "")
+
+    found = [emulate_for(program, target, change)(images) for change in (str, without)]
+    equal = [all(np.array_equal(*pair) for pair in zip(outputs, expected, strict=True)) for outputs in found]
+    assert equal == [True, False]
 
 
 def test_noise_changes_nothing() -> None:

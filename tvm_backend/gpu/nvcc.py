@@ -71,5 +71,8 @@ def compile_library(source: str, target: CudaTarget, compiler: str) -> bytes:
 def code_flags(target: CudaTarget) -> list[str]:
     """Return what asks for machine code of every architecture, and for PTX of the newest."""
     numbers = [architecture.removeprefix("sm_") for architecture in target.architectures]
+    if target.tiles.groups:
+        # Instructions of this one architecture, which newer ones do not have.
+        return [f"-gencode=arch=compute_{numbers[0]}a,code=sm_{numbers[0]}a"]
     flags = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
     return [*flags, f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"]

@@ -85,11 +85,14 @@ def tune(
     report(f"{device} ({architecture}): {len(set(shapes.values()))} shapes of linears")
     candidates: list[_Candidate] = []
     positions: list[tuple[int, LinearShape]] = []
-    for tile in dict.fromkeys((DEFAULT, *variants)):
+    tried = {tile: CudaTarget((architecture,), Tiles(default=tile)) for tile in (DEFAULT, *variants)}
+    # Not every tile is for every architecture.
+    fitting = {tile: target for tile, target in tried.items() if target.tiles.default == tile}
+    for tile, target in fitting.items():
         if len(candidates) > 1 and time.monotonic() - started > _BUILDING * budget:
-            report(f"{len(candidates)} of {len({DEFAULT, *variants})} tiles fit the time; --budget gives more")
+            report(f"{len(candidates)} of {len(fitting)} tiles fit the time; --budget gives more")
             break
-        bundle = build(CudaTarget((architecture,), Tiles(default=tile)))
+        bundle = build(target)
         number = machine.load(bundle)
         for found, wanted in zip(machine.run(number, images), expected, strict=True):
             if not np.array_equal(found, wanted):
@@ -148,6 +151,7 @@ def _best(
     medians = {
         candidate.tile: {batch: statistics.median(candidate.ms[shape, batch]) for batch in batches}
         for candidate in candidates
+        if Tiles(default=candidate.tile).of(shape) == candidate.tile
     }
 
     def cost(tile: Tile) -> float:

@@ -5,6 +5,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -13,6 +14,8 @@
 #include <cstring>
 #include <functional>
 #include <initializer_list>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -46,6 +49,8 @@ struct Thread {
   std::vector<char> stack;
   std::vector<Copy> open;
   std::vector<std::vector<Copy>> groups;
+  std::vector<std::function<void()>> products;
+  std::vector<std::vector<std::function<void()>>> product_groups;
 };
 
 // What a lane shows to the other lanes of its warp.
@@ -67,6 +72,9 @@ inline dim3 block_index, grid_size, block_size;
 inline unsigned arrived = 0, round_ = 0, alive = 0;
 inline uint64_t random_state = 0x9e3779b97f4a7c15;
 inline char anchor;
+// Addresses of shared memory count from here, so that they are multiples of what the memory itself is a multiple of.
+inline char* shared_base() { return (char*)((uintptr_t)&anchor & ~(uintptr_t)0xfffff); }
+inline uint32_t last_address = 0;
 
 inline unsigned draw(unsigned below) {
   random_state ^= random_state << 13;
@@ -121,6 +129,8 @@ inline void run_block(unsigned count) {
     thread.started = thread.done = false;
     thread.open.clear();
     thread.groups.clear();
+    thread.products.clear();
+    thread.product_groups.clear();
   }
   std::vector<unsigned> waiting(count);
   for (unsigned i = 0; i < count; ++i) waiting[i] = i;
@@ -159,7 +169,7 @@ inline void run_grid(dim3 grid, dim3 block, std::function<void()> kernel) {
       for (block_index.x = 0; block_index.x < grid.x; ++block_index.x) run_block(count);
 }
 
-inline char* address(uint32_t shared) { return &anchor + (int32_t)shared; }
+inline char* address(uint32_t shared) { return shared_base() + (int32_t)shared; }
 inline int code(uint32_t word, unsigned i, bool is_signed) {
   uint8_t bits = word >> (8 * i);
   return is_signed ? (int)(int8_t)bits : (int)bits;
@@ -222,6 +232,52 @@ inline void multiply(std::initializer_list<uint32_t*> sums, std::initializer_lis
   }
 }
 
+// Where a descriptor's matrix begins: it holds 18 bits of the address, and the rest is that of shared memory.
+inline uint32_t described(uint64_t descriptor) {
+  uint32_t low = (descriptor & 0x3fff) << 4, best = 0;
+  for (int64_t high = (int64_t)(last_address & ~0x3ffffu) - 0x40000, i = 0; i < 3; ++i, high += 0x40000) {
+    uint32_t found = (uint32_t)high | low;
+    if (i == 0 || std::abs((int32_t)(found - last_address)) < std::abs((int32_t)(best - last_address))) best = found;
+  }
+  return best;
+}
+
+// A byte of a matrix of rows of 64 bytes, eight of them 512 bytes apart, swizzled: the hardware exchanges bits of the
+// whole address, wherever in a row a product begins.
+inline int described_code(uint32_t start, uint64_t descriptor, unsigned row, unsigned k, bool is_signed) {
+  if (descriptor >> 62 != 2 || (descriptor >> 32 & 0x3fff) != 32) abort();
+  uint32_t place = start + row / 8 * 512 + row % 8 * 64 + k;
+  place ^= (place >> 7 & 3) << 4;
+  uint8_t bits = *(uint8_t*)address(place);
+  return is_signed ? (int)(int8_t)bits : (int)bits;
+}
+
+// wgmma.m64nNk32: a warp of the group has 16 rows, a lane the sums that it has with mma.m16n8k32, tile after tile. The
+// product happens when it is waited for: until then nobody may touch what it reads and writes.
+template <size_t count> inline void multiply_later(std::array<uint32_t*, count> sums, uint64_t left, uint64_t right, bool left_signed) {
+  unsigned lane = current->number % WARP, warp = current->number / WARP % 4;
+  uint32_t starts[] = {described(left), described(right)};
+  current->products.push_back([=]() {
+    for (unsigned i = 0; i < count; ++i) {
+      unsigned row = 16 * warp + lane / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      uint32_t total = *sums[i];
+      for (unsigned k = 0; k < 32; ++k)
+        total += (uint32_t)(described_code(starts[0], left, row, k, left_signed) * described_code(starts[1], right, column, k, true));
+      *sums[i] = total;
+    }
+  });
+}
+inline void close_products() {
+  current->product_groups.push_back(std::move(current->products));
+  current->products.clear();
+}
+inline void wait_for_products(size_t but) {
+  while (current->product_groups.size() > but) {
+    for (const auto& product : current->product_groups.front()) product();
+    current->product_groups.erase(current->product_groups.begin());
+  }
+}
+
 }  // namespace emulation
 
 #define threadIdx (emulation::current->index)
@@ -258,7 +314,9 @@ template <class A, class B> inline auto min(A a, B b) { return a < b ? a : b; }
 inline int __clz(int value) { return value ? __builtin_clz((unsigned)value) : 32; }
 inline int __clzll(long long value) { return value ? __builtin_clzll((unsigned long long)value) : 64; }
 inline void __syncthreads() { emulation::block_barrier(); }
-inline uint32_t __cvta_generic_to_shared(const void* pointer) { return (uint32_t)((const char*)pointer - &emulation::anchor); }
+inline uint32_t __cvta_generic_to_shared(const void* pointer) {
+  return emulation::last_address = (uint32_t)((const char*)pointer - emulation::shared_base());
+}
 template <class T> inline T __shfl_xor_sync(unsigned, T value, int lanes, int = 32) {
   emulation::Shown mine{};
   memcpy(mine.words, &value, sizeof value);
@@ -340,6 +398,29 @@ inline void tvm_builtin_ptx_st_vec_global_v4_b32(const void* to, uint32_t a, uin
 inline void tvm_builtin_ptx_st_vec_shared_v4_b32(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   tvm_builtin_ptx_st_vec_global_v4_b32(emulation::address(to), a, b, c, d);
 }
+inline void tvm_builtin_ptx_pin_register(uint32_t&) {}
+inline void tvm_builtin_ptx_fence_proxy_proxy_async_shared__cta() {}
+inline void tvm_builtin_ptx_wgmma_fence_fence_sync_aligned() {}
+inline void tvm_builtin_ptx_wgmma_commit_group_commit_group_sync_aligned() { emulation::close_products(); }
+inline void tvm_builtin_ptx_wgmma_wait_group_wait_group_sync_aligned_0() { emulation::wait_for_products(0); }
+inline void tvm_builtin_ptx_wgmma_wait_group_wait_group_sync_aligned_1() { emulation::wait_for_products(1); }
+// The last arguments are the two descriptors, and whether sums are added to.
+template <class Arguments, size_t... i>
+inline void multiply_group(Arguments all, std::index_sequence<i...>, bool left_signed) {
+  constexpr size_t count = sizeof...(i);
+  if (!std::get<count + 2>(all)) abort();
+  emulation::multiply_later<count>({&std::get<i>(all)...}, std::get<count>(all), std::get<count + 1>(all), left_signed);
+}
+#define EMULATED_GROUP(columns, kind)                                                                                   \
+  template <class... All>                                                                                               \
+  inline void tvm_builtin_ptx_wgmma_int_ss_mma_async_sync_aligned_m64n##columns##k32_s32_##kind##_s8(All&&... all) {    \
+    static_assert(sizeof...(All) == columns / 2 + 3);                                                                   \
+    multiply_group(std::forward_as_tuple(all...), std::make_index_sequence<columns / 2>(), #kind[0] == 's');            \
+  }
+EMULATED_GROUP(64, s8)
+EMULATED_GROUP(64, u8)
+EMULATED_GROUP(128, s8)
+EMULATED_GROUP(128, u8)
 #define EMULATED_MULTIPLY(left, right)                                                                                 \
   inline void tvm_builtin_ptx_mma_int_sync_aligned_m16n8k32_row_col_s32_##left##_##right##_s32(                        \
       uint32_t& d0, uint32_t& d1, uint32_t& d2, uint32_t& d3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,      \

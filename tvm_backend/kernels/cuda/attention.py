@@ -14,10 +14,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
-
 from quantizers.integer.program import INTEGER_RANGES
-from tvm_backend.imports import import_tvm
 from tvm_backend.kernels.cuda.instructions import (
     CHUNK,
     Instructions,
@@ -27,16 +24,16 @@ from tvm_backend.kernels.cuda.instructions import (
     words,
     zero,
 )
-from tvm_backend.kernels.cuda.rescale import Numbers, Rescaling, Shift
+from tvm_backend.kernels.cuda.rescale import Numbers
 from tvm_backend.kernels.cuda.runs import Run
+from tvm_backend.kernels.cuda.score_stages import ScoreWriter
 from tvm_backend.kernels.cuda.shared_rows import SharedRows, Source, common_unit
+from tvm_backend.kernels.cuda.softmax_rows import DividedRows, ShiftmaxRows
 from tvm_backend.kernels.cuda.tiles import SHARED_MEMORY
 from tvm_backend.kernels.kernel import Kernel, Layout, Operand
 from tvm_backend.kernels.shared.arithmetic import cast, literal, lowest
-from tvm_backend.kernels.shared.attention import Attention, Divided, Published, ScoreStage, addend_item, item_offset
+from tvm_backend.kernels.shared.attention import Attention, Divided, Published, item_offset
 from tvm_backend.kernels.shared.function import Buffer, Expr, Function, local, once, script
-from tvm_backend.kernels.shared.ivit import reciprocal, shift_exponentials
-from tvm_backend.kernels.shared.softmax import Numerators
 from tvm_backend.strides import Strided
 from tvm_backend.targets import CudaTarget
 
@@ -163,12 +160,12 @@ class _Writer:
             same = next((i for i in range(index) if self.operands[i] is operand), index)
             layout = Layout(1, (math.prod(operand.type.shape),))
             self.sources.append(function.value(index, layout) if same == index else self.sources[same])
-        self.stages = [_Stage(stage, function, rule) for stage in rule.stages]
+        self.stages = [ScoreWriter(stage, function, rule) for stage in rule.stages]
         softmax = rule.softmax
-        self.softmax: _DividedRows | _Shiftmax = (
-            _DividedRows(softmax, function, rule)
+        self.softmax: DividedRows | ShiftmaxRows = (
+            DividedRows(softmax, function, rule)
             if isinstance(softmax, Divided)
-            else _Shiftmax(softmax, function, rule)
+            else ShiftmaxRows(softmax, function, rule)
         )
         left, right = (rule.scores.integer(key) for key in ("zero_point_a", "zero_point_b"))
         self.centred = (left != 0, right != 0)
@@ -278,7 +275,7 @@ class _Writer:
         tirx = script()
         for half in range(2):
             self._over_quad(self.largest, half, tirx.max)
-        if isinstance(self.softmax, _Shiftmax):
+        if isinstance(self.softmax, ShiftmaxRows):
             with tirx.unroll(self.pairs) as pair:
                 for half in range(2):
                     for _, distance, exists in self._distances(pair, half):
@@ -385,112 +382,6 @@ class _Writer:
         position = cast(code, "int32") - lowest(self.rule.softmax.node.type.dtype)
         script().buffer_store(held, position, [0])
         return self.levels[held[0]]
-
-
-class _DividedRows:
-    """Exponentials of one byte, and a division of each row at the end."""
-
-    def __init__(self, softmax: Divided, function: Function, rule: Attention) -> None:
-        self._wide = "int32" if softmax.narrow_reciprocal else "int64"
-        self._table = function.constant(softmax.table)
-        self._numerators = Numerators(np.broadcast_to(softmax.numerator, (*rule.lead, 1, 1)), function, rule.lead)
-        self._shift = Shift(softmax.node, function, narrow=softmax.narrow_reciprocal)
-
-    def hold(self) -> None:
-        """Read what is the same for all rows."""
-        self._shift.hold()
-
-    def probability(self, distance: Expr, _half: int) -> Expr:
-        """Return the exponential of a code, int32."""
-        return cast(self._table[distance], "int32")
-
-    def begin_row(self, head: Expr, total: Expr) -> None:
-        """Divide, before the first :meth:`code` of a row whose exponentials have a sum."""
-        quotient = import_tvm("tvm.tirx").truncdiv(self._numerators.of(head), cast(total, "int64"))
-        self._reciprocal = local(1, self._wide)
-        script().buffer_store(self._reciprocal, cast(quotient, self._wide), [0])
-
-    def code(self, total: Expr, _head: Expr) -> Expr:
-        """Return the code of a sum of values."""
-        return self._shift.code(cast(total, "int64") * cast(self._reciprocal[0], "int64"))
-
-
-class _Shiftmax:
-    """I-ViT's Shiftmax: a first pass adds up a row, whose reciprocal makes probabilities of exponentials."""
-
-    def __init__(self, softmax: Published, function: Function, rule: Attention) -> None:
-        node = softmax.shiftmax
-        self._table = function.constant(shift_exponentials(node))
-        self._shift = Numbers(function, [32 - node.integer("bits")])
-        self._last = _Stage(softmax.last, function, rule)
-
-    def hold(self) -> None:
-        """Read what is the same for all rows."""
-        self._last.hold()
-        (self._held_shift,) = self._shift.hold()
-        self._sums = local(2, "int64")
-        for half in range(2):
-            script().buffer_store(self._sums, literal(0, "int64"), [half])
-
-    def add(self, distance: Expr, half: int) -> None:
-        """Add the exponential of a code to its row's sum."""
-        script().buffer_store(self._sums, self._sums[half] + self._table[distance], [half])
-
-    def finish_sums(self, over_quad: Callable[[Buffer, int], None]) -> None:
-        """Turn the sums of the threads of each row into its factor."""
-        for half in range(2):
-            over_quad(self._sums, half)
-            script().buffer_store(self._sums, reciprocal(self._sums[half]), [half])
-
-    def probability(self, distance: Expr, half: int) -> Expr:
-        """Return the probability of a code, int32."""
-        return cast(script().shift_right(self._table[distance] * self._sums[half], self._held_shift), "int32")
-
-    def begin_row(self, _head: Expr, _total: Expr) -> None:
-        """Nothing is divided at the end."""
-
-    def code(self, total: Expr, head: Expr) -> Expr:
-        """Return the code of a sum of values."""
-        return self._last.code(total, head, literal(0, "int64"), literal(0, "int32"))
-
-
-class _Stage:
-    """A :class:`ScoreStage` inside a kernel: its constants are arguments."""
-
-    def __init__(self, stage: ScoreStage, function: Function, rule: Attention) -> None:
-        self._stage, self._lead, self._last_key, self._last_query = stage, rule.lead, rule.keys - 1, rule.queries - 1
-        self._rescaling = Rescaling(stage.node, function, narrow=stage.narrow)
-        count = math.prod(rule.lead)
-        multipliers = np.broadcast_to(stage.multiplier.reshape(_aligned(stage.multiplier, rule)), (*rule.lead, 1, 1))
-        self._multipliers = function.constant(multipliers.reshape(count).astype(np.int32))
-        self._addend: Buffer | None = None
-        if stage.addend is not None:
-            array = stage.addend.reshape(_aligned(stage.addend, rule))
-            self._shape = array.shape
-            self._addend = function.constant(array.reshape(-1, *array.shape[-2:]))
-            self._factor = Numbers(function, [stage.addend_multiplier])
-
-    def hold(self) -> None:
-        """Read what is the same for all scores of a thread."""
-        self._rescaling.hold()
-        if self._addend is not None:
-            (self._held_factor,) = self._factor.hold()
-
-    def code(self, value: Expr, head: Expr, query: Expr, key: Expr) -> Expr:
-        """Return the code of a sum, or of the code of the stage before."""
-        tirx, stage = script(), self._stage
-        terms = [(stage.position, value, self._multipliers[head])]
-        if self._addend is not None:
-            row = tirx.min(query, self._last_query) if self._shape[-2] > 1 else 0
-            item = addend_item(head, self._lead, self._shape[:-2])
-            other = self._addend[item, row, tirx.min(key, self._last_key)]
-            terms.append((1 - stage.position, other, cast(self._held_factor, "int32")))
-        return self._rescaling.code(terms)
-
-
-def _aligned(array: np.ndarray, rule: Attention) -> tuple[int, ...]:
-    """Return the shape of an array with as many axes as the scores."""
-    return (1,) * (len(rule.lead) + 2 - array.ndim) + array.shape
 
 
 def _word(bits: int) -> Expr:

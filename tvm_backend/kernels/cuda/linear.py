@@ -11,8 +11,9 @@ from tvm_backend.kernels.cuda.instructions import Instructions
 from tvm_backend.kernels.cuda.rescale import Rescaling
 from tvm_backend.kernels.cuda.runs import Run
 from tvm_backend.kernels.cuda.shared_rows import Source, common_unit
-from tvm_backend.kernels.cuda.tensor_cores import Product
+from tvm_backend.kernels.cuda.tensor_cores import Product, StoredWeights
 from tvm_backend.kernels.cuda.tiles import LinearShape, Tile
+from tvm_backend.kernels.cuda.warp_groups import GroupProduct, SwizzledWeights
 from tvm_backend.kernels.cuda.weights import PackedWeights, stored_bits
 from tvm_backend.kernels.kernel import Array, Kernel, Layout, Operand
 from tvm_backend.kernels.shared.arithmetic import lowest, minus
@@ -38,7 +39,10 @@ def emit_linear(
     count, depth = weights.shape
     bits = stored_bits(weights)
     tile = target.tiles.of(LinearShape(count, depth, bits))
-    packed = PackedWeights(bits, tile.depth, tile.column_warps, tile.column_tiles)
+    packed: StoredWeights = PackedWeights(bits, tile.depth, tile.column_warps, tile.column_tiles)
+    product = Product
+    if tile.groups:
+        packed, product = SwizzledWeights(tile), GroupProduct
     function = Function(node, operands, Layout.matrix(node.type.shape), epilogue.dtype)
     with function.body():
         codes = function.value(0, Layout.matrix(x.type.shape))
@@ -52,7 +56,7 @@ def emit_linear(
                 run.store([row, column], finisher.finish(sums, row, column), count)
 
         source = Source(codes, lambda row, byte: [row, byte], function.rows, depth, common_unit(depth))
-        Product(source, stored, packed, tile, Instructions(target)).run(finisher.hold, store)
+        product(source, stored, packed, tile, Instructions(target)).run(finisher.hold, store)
     return function.kernel()
 
 

@@ -9,15 +9,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from tvm_backend.kernels.cuda.instructions import CHUNK, Instructions, barrier, load_matrices, words, zero
 from tvm_backend.kernels.cuda.shared_rows import SharedRows, Source
 from tvm_backend.kernels.cuda.tiles import Tile
 from tvm_backend.kernels.cuda.weights import STEP, PackedWeights
+from tvm_backend.kernels.kernel import Array
 from tvm_backend.kernels.shared.arithmetic import cast, literal
 from tvm_backend.kernels.shared.function import Buffer, Expr, once, script
 
 _LANES = 32
+
+
+class StoredWeights(Protocol):
+    """Weights in tiles of as many bytes."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of a tile."""
+        ...
+
+    @property
+    def spread(self) -> int:
+        """Bits that sums are too far to the left."""
+        ...
+
+    def pack(self, weights: Array) -> Array:
+        """Arrange int8 (columns, depth), padded with zeros to whole tiles, as uint8 (column tiles, steps, bytes)."""
+        ...
 
 
 #: Takes a row and the sums of contiguous columns in it, the first column given.
@@ -31,14 +51,14 @@ class Product:
     Args:
         left: rows of int8 or uint8 codes.
         right: uint8 (column tiles, steps, bytes), from ``packed``.
-        packed: how the weights are stored.
+        packed: how the weights are stored in tiles.
         tile: how the work is cut.
         instructions: of the target.
     """
 
     left: Source
     right: Buffer
-    packed: PackedWeights
+    packed: StoredWeights
     tile: Tile
     instructions: Instructions
 
@@ -58,8 +78,10 @@ class Product:
         thread = tirx.thread_id([tile.threads])
         lane, warp = thread % _LANES, thread // _LANES
         first_row = once(cast(row_tile, "int64") * tile.rows)
-        codes = tirx.alloc_buffer((tile.stages * tile.rows * tile.depth,), "int8", scope="shared")
-        weights = tirx.alloc_buffer((tile.stages * self.packed.size,), "uint8", scope="shared")
+        # Where a swizzle over 64 bytes and eight rows begins again.
+        shared = {"scope": "shared", "align": 512}
+        codes = tirx.alloc_buffer((tile.stages * tile.rows * tile.depth,), "int8", **shared)
+        weights = tirx.alloc_buffer((tile.stages * self.packed.size,), "uint8", **shared)
         sums = [words(4) for _ in range(tile.row_tiles * tile.column_tiles)]
         for fragment in sums:
             zero(fragment, 4)
@@ -71,6 +93,29 @@ class Product:
             )
             self._fetch_weights(weights, stage, column_tile, step, thread)
 
+        self._accumulate(codes, weights, sums, warp, lane, steps, fetch)
+        for i in range(tile.row_tiles):
+            for half in range(2):
+                local_row = warp // tile.column_warps * (16 * tile.row_tiles) + i * 16 + half * 8 + lane // 4
+                row = once(first_row + cast(local_row, "int64"))
+                with tirx.If(row < self.left.rows), tirx.Then():
+                    fragments = sums[i * tile.column_tiles : (i + 1) * tile.column_tiles]
+                    share = warp % tile.column_warps * (8 * tile.column_tiles) + lane % 4 * (2 * tile.column_tiles)
+                    found = [self._sum(fragment[half * 2 + e]) for fragment in fragments for e in range(2)]
+                    store(row, column_tile * tile.columns + share, found)
+
+    def _accumulate(
+        self,
+        codes: Buffer,
+        weights: Buffer,
+        sums: list[Buffer],
+        warp: Expr,
+        lane: Expr,
+        steps: int,
+        fetch: Callable[[Expr, Expr], None],
+    ) -> None:
+        """Fetch and multiply all steps of the depth."""
+        tirx, tile = script(), self.tile
         for step in range(tile.stages - 1):
             if step < steps:
                 fetch(step, step)
@@ -83,15 +128,6 @@ class Product:
                 fetch(ahead, ahead % tile.stages)
             self.instructions.commit()
             self._multiply(codes, weights, sums, lane, warp, step % tile.stages)
-        for i in range(tile.row_tiles):
-            for half in range(2):
-                local_row = warp // tile.column_warps * (16 * tile.row_tiles) + i * 16 + half * 8 + lane // 4
-                row = once(first_row + cast(local_row, "int64"))
-                with tirx.If(row < self.left.rows), tirx.Then():
-                    fragments = sums[i * tile.column_tiles : (i + 1) * tile.column_tiles]
-                    share = warp % tile.column_warps * (8 * tile.column_tiles) + lane % 4 * (2 * tile.column_tiles)
-                    found = [self._sum(fragment[half * 2 + e]) for fragment in fragments for e in range(2)]
-                    store(row, column_tile * tile.columns + share, found)
 
     def _rows(self, storage: Buffer, stage: Expr) -> SharedRows:
         tile = self.tile
@@ -116,6 +152,7 @@ class Product:
     ) -> None:
         """Add the products of one step of the depth."""
         tile, kind = self.tile, str(self.left.codes.dtype)
+        assert isinstance(self.packed, PackedWeights)
         rows = self._rows(codes, stage)
         for part in range(tile.depth // STEP):
             first = warp // tile.column_warps * (16 * tile.row_tiles) + lane % 16

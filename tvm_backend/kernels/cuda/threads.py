@@ -45,10 +45,10 @@ class Threads:
         with self.If(index < extent), self.Then():
             yield WarpRow(self, index, thread % WARP)
 
-    def alloc_buffer(self, shape: Sequence[int], dtype: str, scope: str) -> Any:
+    def alloc_buffer(self, shape: Sequence[int], dtype: str, scope: str, align: int = -1) -> Any:
         """Declare an array: what a CPU has on its stack lies in a thread's registers where its subscripts are known."""
         chosen = "local" if scope == "global" else scope
-        return import_tvm("tvm.script.ir_builder.tirx").alloc_buffer(shape, dtype, scope=chosen)
+        return import_tvm("tvm.script.ir_builder.tirx").alloc_buffer(shape, dtype, scope=chosen, align=align)
 
 
 class WarpRow:

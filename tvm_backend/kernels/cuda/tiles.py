@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 _LANES = 32
+#: Threads of a warp group, which multiplies 64 rows at a time, 64 codes deep.
+GROUP, _GROUP_ROWS, _GROUP_DEPTH = 128, 64, 64
 #: Bytes of shared memory that every GPU gives a block without being asked.
 SHARED_MEMORY = 48 * 1024
 #: Registers that the sums of a thread may take, of 255.
@@ -24,6 +26,7 @@ class Tile:
         row_warps: warps that share the rows.
         column_warps: warps that share the columns.
         stages: steps in shared memory, at least 2: products of one, the others on their way.
+        groups: whether warps multiply in groups of four, as Hopper's can, with weights of 8 bits; at least 3 stages.
 
     Raises:
         ValueError: it cannot be written or does not fit a GPU.
@@ -35,6 +38,7 @@ class Tile:
     row_warps: int
     column_warps: int
     stages: int
+    groups: bool = False
 
     def __post_init__(self) -> None:
         counts = (self.rows, self.columns, self.depth, self.row_warps, self.column_warps)
@@ -48,6 +52,16 @@ class Tile:
         )
         if not whole:
             raise ValueError(f"{self} is not made of whole products of 16 rows, 32 columns and 32 codes a warp")
+        grouped = (
+            self.row_warps * _LANES % GROUP == 0
+            and self.column_warps == 1
+            and self.rows * GROUP == self.row_warps * _LANES * _GROUP_ROWS
+            and self.columns <= 256
+            and self.depth == _GROUP_DEPTH
+            and self.stages >= 3
+        )
+        if self.groups and not grouped:
+            raise ValueError(f"{self} is not made of groups of four warps with 64 rows and 64 codes each")
         if self.threads > 1024 or 4 * self.row_tiles * self.column_tiles > _SUMS or self.shared_bytes > SHARED_MEMORY:
             raise ValueError(f"{self} takes more threads, registers or shared memory than a block has")
 
@@ -90,6 +104,10 @@ VARIANTS = (
     Tile(128, 128, 64, 4, 2, 3),
     Tile(128, 128, 64, 4, 4, 2),
     Tile(128, 128, 64, 2, 2, 2),
+    Tile(64, 64, 64, 4, 1, 4, groups=True),
+    Tile(64, 128, 64, 4, 1, 4, groups=True),
+    Tile(128, 64, 64, 8, 1, 4, groups=True),
+    Tile(128, 128, 64, 8, 1, 3, groups=True),
 )
 DEFAULT = VARIANTS[0]
 
@@ -121,6 +139,17 @@ class Tiles:
     chosen: Mapping[LinearShape, Tile] = field(default_factory=lambda: MappingProxyType({}))
     default: Tile = DEFAULT
 
+    @property
+    def groups(self) -> bool:
+        """Whether any tile multiplies with groups of warps."""
+        return any(tile.groups for tile in (self.default, *self.chosen.values()))
+
     def of(self, shape: LinearShape) -> Tile:
         """Return the tile of a linear."""
-        return self.chosen.get(shape, self.default)
+        tile = self.chosen.get(shape, self.default)
+        return DEFAULT if tile.groups and shape.bits != 8 else tile
+
+    def without_groups(self) -> Tiles:
+        """Return the tiles for GPUs whose warps multiply each on its own."""
+        plain = {shape: tile for shape, tile in self.chosen.items() if not tile.groups}
+        return Tiles(MappingProxyType(plain), DEFAULT if self.default.groups else self.default)
