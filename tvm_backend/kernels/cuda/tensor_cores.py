@@ -115,19 +115,43 @@ class Product:
         fetch: Callable[[Expr, Expr], None],
     ) -> None:
         """Fetch and multiply all steps of the depth."""
-        tirx, tile = script(), self.tile
-        for step in range(tile.stages - 1):
+
+        def multiply(stage: Expr) -> None:
+            self._multiply(codes, weights, sums, lane, warp, stage)
+
+        self._in_turn(steps, self.tile.stages - 1, fetch, multiply)
+
+    def _in_turn(
+        self,
+        steps: int,
+        ahead: int,
+        fetch: Callable[[Expr, Expr], None],
+        work: Callable[[Expr], None],
+        arrived: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Go through the steps of the depth.
+
+        Args:
+            steps: how many there are.
+            ahead: steps that are on their way while one is worked on, below the number of stages.
+            fetch: starts the copies of a step into a stage.
+            work: uses a stage.
+            arrived: called in each thread once its copies are there, before the others know.
+        """
+        tirx, stages = script(), self.tile.stages
+        for step in range(ahead):
             if step < steps:
                 fetch(step, step)
             self.instructions.commit()
         with tirx.serial(steps) as step:
-            self.instructions.wait(tile.stages - 2)
+            self.instructions.wait(ahead - 1)
+            arrived()
             barrier()
-            ahead = step + (tile.stages - 1)
-            with tirx.If(ahead < steps), tirx.Then():
-                fetch(ahead, ahead % tile.stages)
+            later = step + ahead
+            with tirx.If(later < steps), tirx.Then():
+                fetch(later, later % stages)
             self.instructions.commit()
-            self._multiply(codes, weights, sums, lane, warp, step % tile.stages)
+            work(step % stages)
 
     def _rows(self, storage: Buffer, stage: Expr) -> SharedRows:
         tile = self.tile

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tvm_backend.kernels.cuda.instructions import CHUNK, barrier
+from tvm_backend.kernels.cuda.instructions import CHUNK
 from tvm_backend.kernels.cuda.tensor_cores import Product
 from tvm_backend.kernels.cuda.tiles import GROUP, Tile
 from tvm_backend.kernels.cuda.weights import STEP
@@ -87,19 +87,15 @@ class GroupProduct(Product):
         group = warp // (GROUP // 32)
         left = self._descriptor(codes, group * (_ROWS * _WIDTH))
         right = self._descriptor(weights, 0)
-        for step in range(tile.stages - 2):
-            if step < steps:
-                fetch(step, step)
-            self.instructions.commit()
-        with tirx.serial(steps) as step:
-            self.instructions.wait(tile.stages - 3)
+
+        def settle() -> None:
+            # What copies wrote is not yet seen by products that read shared memory on their own.
             tirx.evaluate(tirx.ptx["fence.proxy.async.shared::cta"]())
-            barrier()
-            ahead = step + (tile.stages - 2)
-            with tirx.If(ahead < steps), tirx.Then():
-                fetch(ahead, ahead % tile.stages)
-            self.instructions.commit()
-            self._multiply_stage(left, right, sums, step % tile.stages)
+
+        def multiply(stage: Expr) -> None:
+            self._multiply_stage(left, right, sums, stage)
+
+        self._in_turn(steps, tile.stages - 2, fetch, multiply, settle)
         tirx.evaluate(tirx.ptx["wgmma.wait_group.sync.aligned"](0))
         self._pin(sums)
 
