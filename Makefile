@@ -91,7 +91,10 @@ bench-cpu: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/cpu_formats.py
 
 # On a machine with an NVIDIA GPU, its driver, and nvcc on the path.
+# Kernels first, where otherwise the CPU emulates them; then whole networks, then time.
 bench-gpu: $(VENV)/.ready-bench
+	VIT_PTQ_TEST_GPU=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadscope tests/tvm_backend \
+		-k "emulated or tensor_cores or long_rows or every_tile"
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 # The ONNX files for each runtime, in each runtime.
