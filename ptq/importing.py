@@ -54,4 +54,4 @@ def import_extra(module_name: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != module_name.split(".", maxsplit=1)[0]:
             raise
-        raise UsageError(f"{module_name} is not installed: pip install 'ptq[{extra}]'") from None
+        raise UsageError(f"{module_name} is not installed: pip install 'vit-ptq[{extra}]'") from None

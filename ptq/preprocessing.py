@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
 CropMode = Literal["center", "squash"]
 
-PILLOW_MISSING = "resizing and reading image files needs Pillow, which is not installed: pip install 'ptq[images]'"
+PILLOW_MISSING = "resizing and reading image files needs Pillow, which is not installed: pip install 'vit-ptq[images]'"
 _PIL_MODES = {1: "L", 3: "RGB"}
 
 

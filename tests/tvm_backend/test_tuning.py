@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import shutil
@@ -208,6 +209,19 @@ def test_refusals_of_another_machine_are_quoted(remote: RemoteMachine) -> None:
     number = remote.load(build(program, CudaTarget(("sm_90",))))
     with pytest.raises(TargetError, match=r"the remote machine refuses: .*NaN or infinity"):
         remote.run(number, np.full_like(random_images(program, 1, seed=0), np.nan))
+
+
+def test_what_a_server_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    missing = "cloudpickle"
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == missing else find_spec(name, *rest)
+    )
+    with (
+        pytest.raises(UsageError, match=r"needs the package cloudpickle: pip install"),
+        served("127.0.0.1", 19090, emulated_driver_library()),
+    ):
+        pass
 
 
 def test_a_machine_that_does_not_answer_is_named() -> None:

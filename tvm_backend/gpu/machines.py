@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import io
 import json
 import tempfile
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from quantizers.errors import PtqError, TargetError
+from quantizers.errors import PtqError, TargetError, UsageError
 from tvm_backend.bundle import Bundle, load_bundle, save_bundle
 from tvm_backend.gpu.driver import LIBRARY, Driver
 from tvm_backend.gpu.runtime import CudaProgram
@@ -142,8 +143,11 @@ def served(host: str, port: int, driver: str = LIBRARY) -> Iterator[int]:
 
     Raises:
         TargetError: no driver, or no device.
+        UsageError: a package is missing that TVM's server needs.
     """
     Driver(driver)
+    if importlib.util.find_spec("cloudpickle") is None:
+        raise UsageError("TVM's RPC server needs the package cloudpickle: pip install 'vit-ptq[serve]'")
     server = import_tvm("tvm.rpc").Server(
         host=host,
         port=port,
