@@ -77,7 +77,7 @@ def tune_quantized(
         lambda target: build_for(program, target),
         batches,
         budget,
-        report=report,
+        report,
     )
     known.updated(entries).write(path)
     return Tuned(tuple(entries), path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +9,7 @@ import pytest
 from support.command_line import run
 from support.cuda_emulated import emulate_for, emulated_driver
 from support.embedded import write_images, write_model
+from support.machine_code import needs_no_driver
 from support.programs import random_block
 
 import ptq.tuning
@@ -19,11 +19,6 @@ from tvm_backend.gpu.machines import LocalMachine
 from tvm_backend.gpu.tile_database import TileDatabase, default_path
 
 pytestmark = pytest.mark.tvm
-
-needs_no_driver = pytest.mark.skipif(
-    subprocess.run(["sh", "-c", "ldconfig -p | grep -q libcuda.so.1"], check=False).returncode == 0,
-    reason="this machine has an NVIDIA driver",
-)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,10 @@ import pytest
 from tvm_backend.gpu.nvcc import COMPILER
 
 needs_compiler = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"{COMPILER} is not on the path")
+needs_no_driver = pytest.mark.skipif(
+    subprocess.run(["sh", "-c", "ldconfig -p | grep -q libcuda.so.1"], check=False).returncode == 0,
+    reason="this machine has an NVIDIA driver",
+)
 
 _FUNCTION = re.compile(r"^\s*Function : (\w+)$")
 _ARCHITECTURE = re.compile(r"^arch = (sm_\d+a?)$")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
 import torch
 from support.cuda_emulated import emulate, emulate_for, emulated_driver, other_stream
+from support.machine_code import needs_compiler, needs_no_driver
 from support.models import ours, recipe, spread
 from support.operator_programs import codes, extremes
 from support.programs import ProgramBuilder, random_block, random_images
@@ -24,7 +23,7 @@ from quantizers.integer.interpret import interpret
 from tvm_backend.build import build
 from tvm_backend.bundle import load_bundle, save_bundle
 from tvm_backend.gpu.driver import Driver
-from tvm_backend.gpu.nvcc import COMPILER, code_flags, compiler_version, find_compiler
+from tvm_backend.gpu.nvcc import code_flags, compiler_version, find_compiler
 from tvm_backend.gpu.runtime import CudaProgram
 from tvm_backend.gpu.tensors import DeviceArray, borrow
 from tvm_backend.kernels.cuda.tiles import Tile, Tiles
@@ -33,11 +32,6 @@ from tvm_backend.runtime import CompiledProgram, load
 from tvm_backend.targets import CUDA_ARCHITECTURES, CudaTarget, get_target
 
 pytestmark = pytest.mark.tvm
-needs_compiler = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"{COMPILER} is not on the path")
-needs_no_driver = pytest.mark.skipif(
-    subprocess.run(["sh", "-c", "ldconfig -p | grep -q libcuda.so.1"], check=False).returncode == 0,
-    reason="this machine has an NVIDIA driver",
-)
 
 
 def placed(array: np.ndarray) -> DeviceArray:

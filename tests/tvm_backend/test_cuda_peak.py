@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import shutil
 import subprocess
 
 import numpy as np
 import pytest
 from support.cuda_emulated import emulate_source, emulated_driver
+from support.machine_code import needs_compiler
 from tvm_ffi import libinfo
 
 from quantizers.errors import TargetError, UsageError
@@ -20,7 +20,6 @@ from tvm_backend.gpu.source import cuda_source
 from tvm_backend.targets import CudaTarget
 
 pytestmark = pytest.mark.tvm
-needs_compiler = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"{COMPILER} is not on the path")
 
 
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_80"])

@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -14,6 +13,7 @@ import pytest
 import torch
 from support.attention import Shape, mlp_program, tied_attention
 from support.cuda_emulated import emulate_for, emulated_driver, emulated_driver_library
+from support.machine_code import needs_compiler
 from support.operator_programs import codes
 from support.programs import ProgramBuilder, random_block, random_images
 
@@ -23,7 +23,7 @@ from quantizers.integer.program import IntegerProgram
 from tvm_backend.build import build as build_bundle
 from tvm_backend.bundle import Bundle
 from tvm_backend.gpu.machines import LocalMachine, Machine, RemoteMachine, served
-from tvm_backend.gpu.nvcc import COMPILER, code_flags
+from tvm_backend.gpu.nvcc import code_flags
 from tvm_backend.gpu.tile_database import Entry, TileDatabase, default_path, known_tiles
 from tvm_backend.gpu.tune import linear_shapes, tune
 from tvm_backend.kernels.cuda.tiles import DEFAULT, VARIANTS, LinearShape, Tile, Tiles
@@ -51,9 +51,18 @@ def prepared(program: IntegerProgram) -> tuple[np.ndarray, list[np.ndarray]]:
 
 @pytest.mark.parametrize("tile", VARIANTS, ids=str)
 def test_every_tile_computes_the_same(tile: Tile, check) -> None:
-    program = mlp_program(Shape(70, 3, 48, 11))
-    compiled = emulate_for(program, CudaTarget(("sm_90",) if tile.groups else ("sm_80",), Tiles(default=tile)))
-    check(program, compiled, random_images(program, 2, seed=1))
+    """Sums as they are, which nothing clips or hides, of weights of every width; then linears with epilogues."""
+    rng = np.random.default_rng(11)
+    b = ProgramBuilder(70, 144)
+    x, outputs = codes(b, "uint8", 70, 144), []
+    for bits in (8, 4, 3):
+        half = 1 << (bits - 1)
+        weight, bias = rng.integers(-half, half, (150, 144)).astype(np.int8), np.zeros(150, np.int32)
+        outputs.append(b.node("linear", (x, b.constant(weight), b.constant(bias)), "int32", (70, 150)))
+    target = CudaTarget(("sm_90",) if tile.groups else ("sm_80",), Tiles(default=tile))
+    for program in (b.build(*outputs), mlp_program(Shape(70, 3, 48, 11))):
+        assert len(set(linear_shapes(program).values())) > 1
+        check(program, emulate_for(program, target), random_images(program, 2, seed=1))
 
 
 @pytest.mark.parametrize(
@@ -178,7 +187,7 @@ def test_time_that_runs_out_is_said() -> None:
 def test_a_program_without_linears_is_refused() -> None:
     program = tied_attention((1,), 8)
     with pytest.raises(UsageError, match="no linear layer"):
-        tune(program, np.zeros(1), [], LocalMachine(emulated_driver()), lambda _: None, (1,), 1)
+        tune(program, np.zeros(1), [], LocalMachine(emulated_driver()), lambda _: None, (1,), 1, print)
 
 
 # Another machine -----------------------------------------------------------------------------------------
@@ -293,7 +302,7 @@ def test_a_missing_file_is_named(tmp_path) -> None:
         known_tiles(("sm_90",), tmp_path / "none.json")
 
 
-@pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"{COMPILER} is not on the path")
+@needs_compiler
 def test_bundles_are_built_with_what_was_found(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     program = random_block(0)

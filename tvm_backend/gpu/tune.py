@@ -54,8 +54,8 @@ def tune(
     build: Callable[[CudaTarget], Bundle],
     batches: Sequence[int],
     budget: float,
+    report: Callable[[str], None],
     variants: Sequence[Tile] = VARIANTS,
-    report: Callable[[str], None] = print,
 ) -> list[Entry]:
     """Find the best tile of each linear of a program.
 
@@ -70,8 +70,8 @@ def tune(
         build: compiles the program for a target.
         batches: sizes that count alike.
         budget: seconds for all of it; the default tile and one other are measured in any case.
-        variants: tiles to try, the likeliest first.
         report: takes lines for people.
+        variants: tiles to try, the likeliest first.
 
     Raises:
         UsageError: the program has no linear.

@@ -29,15 +29,16 @@ from tvm_backend.kernels.cuda.runs import Run
 from tvm_backend.kernels.cuda.score_stages import ScoreWriter
 from tvm_backend.kernels.cuda.shared_rows import SharedRows, Source, common_unit
 from tvm_backend.kernels.cuda.softmax_rows import DividedRows, ShiftmaxRows
+from tvm_backend.kernels.cuda.tables import look_up
+from tvm_backend.kernels.cuda.threads import WARP, over_lanes
 from tvm_backend.kernels.cuda.tiles import SHARED_MEMORY
 from tvm_backend.kernels.kernel import Kernel, Layout, Operand
-from tvm_backend.kernels.shared.arithmetic import cast, literal, lowest
+from tvm_backend.kernels.shared.arithmetic import cast, literal
 from tvm_backend.kernels.shared.attention import Attention, Divided, Published, item_offset
 from tvm_backend.kernels.shared.function import Buffer, Expr, Function, local, once, script
 from tvm_backend.strides import Strided
 from tvm_backend.targets import CudaTarget
 
-_LANES = 32
 #: Queries of a warp, and warps of a block at most.
 _ROWS, _WARPS = 16, 4
 #: Keys in shared memory at a time, and how many times that: products of one, the others on their way.
@@ -85,7 +86,7 @@ class _Writer:
         self.rule, self.operands = rule, operands
         self.instructions = Instructions(target)
         self.warps = min(_WARPS, -(-rule.queries // _ROWS))
-        self.threads = _LANES * self.warps
+        self.threads = WARP * self.warps
         self.depth, self.channels = _rounded(rule.depth, _STEP), _rounded(rule.channels, CHUNK)
         #: Registers of codes come in fours, for one product with values.
         self.steps = -(-rule.keys // _STEP)
@@ -93,6 +94,7 @@ class _Writer:
         self.blocks = -(-rule.keys // _KEYS)
         self.dtypes = [operand.type.dtype for operand in operands]
         self.code_dtype = rule.stages[-1].node.type.dtype
+        self.code_of_rows = rule.softmax.node.type.dtype
 
     def kernel(self) -> Kernel:
         tirx, rule = script(), self.rule
@@ -104,12 +106,12 @@ class _Writer:
             count, tiles = math.prod(rule.lead), -(-rule.queries // (_ROWS * self.warps))
             block = tirx.cta_id([cast(function.rows * (count * tiles), "int32")])
             thread = tirx.thread_id([self.threads])
-            self.thread, self.lane = thread, thread % _LANES
+            self.thread, self.lane = thread, thread % WARP
             item = once(cast(block // tiles, "int64"))
             self.sample, self.head = once(item // count), once(item % count)
             first_query = once(cast(block % tiles * (_ROWS * self.warps), "int64"))
             #: The two rows of scores that a thread has columns of.
-            own = thread // _LANES * _ROWS + self.lane // 4
+            own = thread // WARP * _ROWS + self.lane // 4
             self.rows = [once(first_query + cast(own + 8 * half, "int64")) for half in range(2)]
             for held in (*self.stages, self.softmax):
                 held.hold()
@@ -191,7 +193,7 @@ class _Writer:
     def _begin_scores(self, queries: SharedRows) -> None:
         """Read the queries, and what zero points of the keys take off each of their rows."""
         tirx = script()
-        first = self.thread // _LANES * _ROWS + self.lane % 16
+        first = self.thread // WARP * _ROWS + self.lane % 16
         self.left = [
             load_matrices(queries.address(first, 2 * part + self.lane // 16), 4) for part in range(self.depth // _STEP)
         ]
@@ -318,10 +320,7 @@ class _Writer:
 
     def _over_quad(self, values: Buffer, half: int, combine: Callable[[Expr, Expr], Expr]) -> None:
         """Combine what the four threads of a row hold."""
-        tirx = script()
-        for lanes in (1, 2):
-            other = tirx.tvm_warp_shuffle_xor(tirx.uint32(0xFFFFFFFF), values[half], lanes, _LANES, _LANES)
-            tirx.buffer_store(values, combine(values[half], other), [half])
+        over_lanes(values, half, (1, 2), combine)
 
     # Values ------------------------------------------------------------------------------------------
 
@@ -369,19 +368,12 @@ class _Writer:
                         total = literal(0, "int32") - cast(taken, "int32")
                         for weight, mixture in zip(weights, self.mixtures, strict=True):
                             total = total + cast(mixture[2 * chunk + i % 2][2 * half + i // 2], "int32") * weight
-                        codes.append(self._looked_up(self.softmax.code(total, self.head)))
+                        code = self.softmax.code(total, self.head)
+                        codes.append(code if self.levels is None else look_up(self.levels, code, self.code_of_rows))
                     with tirx.If(channel < rule.channels), tirx.Then():
                         sample, place = at(row, channel)
                         end = place - channel + rule.channels
                         run.store([sample, place], codes, end)
-
-    def _looked_up(self, code: Expr) -> Expr:
-        if self.levels is None:
-            return code
-        held = local(1, "int32")
-        position = cast(code, "int32") - lowest(self.rule.softmax.node.type.dtype)
-        script().buffer_store(held, position, [0])
-        return self.levels[held[0]]
 
 
 def _word(bits: int) -> Expr:

@@ -18,7 +18,8 @@ CHUNK = 16
 #: Bytes that one instruction can copy.
 UNITS = (16, 8, 4)
 
-_SIGNS = {"int8": "s8", "uint8": "u8"}
+#: What instructions call the element types.
+SIGNS = {"int8": "s8", "uint8": "u8"}
 _VECTORS = {1: "b32", 2: "v2.b32", 4: "v4.b32"}
 
 
@@ -96,7 +97,7 @@ class Instructions:
             right_dtype: likewise.
         """
         tirx = script()
-        kinds = f"row.col.s32.{_SIGNS[left_dtype]}.{_SIGNS[right_dtype]}.s32"
+        kinds = f"row.col.s32.{SIGNS[left_dtype]}.{SIGNS[right_dtype]}.s32"
         if self._recent:
             cells = [sums[i] for i in range(4)]
             tirx.evaluate(tirx.ptx[f"mma.sync.aligned.m16n8k32.{kinds}"](*cells, *left, *right, *cells))

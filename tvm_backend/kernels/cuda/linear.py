@@ -11,14 +11,14 @@ from tvm_backend.kernels.cuda.instructions import Instructions
 from tvm_backend.kernels.cuda.rescale import Rescaling
 from tvm_backend.kernels.cuda.runs import Run
 from tvm_backend.kernels.cuda.shared_rows import Source, common_unit
+from tvm_backend.kernels.cuda.tables import look_up
 from tvm_backend.kernels.cuda.tensor_cores import Product, StoredWeights
 from tvm_backend.kernels.cuda.tiles import LinearShape, Tile
 from tvm_backend.kernels.cuda.warp_groups import GroupProduct, SwizzledWeights
 from tvm_backend.kernels.cuda.weights import PackedWeights, stored_bits
 from tvm_backend.kernels.kernel import Array, Kernel, Layout, Operand
-from tvm_backend.kernels.shared.arithmetic import lowest, minus
 from tvm_backend.kernels.shared.epilogue import Epilogue
-from tvm_backend.kernels.shared.function import Buffer, Expr, Function, local, script
+from tvm_backend.kernels.shared.function import Buffer, Expr, Function, script
 from tvm_backend.targets import CudaTarget
 
 
@@ -81,7 +81,6 @@ class _Finisher:
                 self._addend = Run(addend, self._length, aligned=count == self._room)
                 others = np.broadcast_to(rule.addend_multiplier.reshape(-1), (count,))
                 self._addend_multipliers = self._of_columns(others)
-            self._lowest = lowest(rule.node.type.dtype)
         if epilogue.table is not None:
             self._table = function.constant(epilogue.table)
         self._count = count
@@ -114,10 +113,4 @@ class _Finisher:
         codes = [self._rescaling.code(term) for term in terms]
         if self._table is None:
             return codes
-        return [self._looked_up(code) for code in codes]
-
-    def _looked_up(self, code: Expr) -> Expr:
-        assert self._table is not None
-        held = local(1, "int32")
-        script().buffer_store(held, minus(code, self._lowest, "int32"), [0])
-        return self._table[held[0]]
+        return [look_up(self._table, code, rule.node.type.dtype) for code in codes]

@@ -13,13 +13,12 @@ from typing import Protocol
 
 from tvm_backend.kernels.cuda.instructions import CHUNK, Instructions, barrier, load_matrices, words, zero
 from tvm_backend.kernels.cuda.shared_rows import SharedRows, Source
+from tvm_backend.kernels.cuda.threads import WARP
 from tvm_backend.kernels.cuda.tiles import Tile
 from tvm_backend.kernels.cuda.weights import STEP, PackedWeights
 from tvm_backend.kernels.kernel import Array
 from tvm_backend.kernels.shared.arithmetic import cast, literal
 from tvm_backend.kernels.shared.function import Buffer, Expr, once, script
-
-_LANES = 32
 
 
 class StoredWeights(Protocol):
@@ -76,7 +75,7 @@ class Product:
         block = tirx.cta_id([row_count * column_count])
         row_tile, column_tile = block // column_count, block % column_count
         thread = tirx.thread_id([tile.threads])
-        lane, warp = thread % _LANES, thread // _LANES
+        lane, warp = thread % WARP, thread // WARP
         first_row = once(cast(row_tile, "int64") * tile.rows)
         # Where a swizzle over 64 bytes and eight rows begins again.
         shared = {"scope": "shared", "align": 512}

@@ -13,7 +13,7 @@ Expr = Any
 
 #: Threads of a block where nothing binds them together.
 BLOCK = 128
-WARP, ALL_LANES = 32, 0xFFFFFFFF
+WARP, _ALL_LANES = 32, 0xFFFFFFFF
 
 
 class Threads:
@@ -88,11 +88,22 @@ class WarpRow:
         self._over_lanes(cell, self._words.bitwise_or)
 
     def _over_lanes(self, cell: Any, combine: Callable[[Expr, Expr], Expr]) -> None:
-        words, step = self._words, WARP // 2
-        while step:
-            other = words.tvm_warp_shuffle_xor(words.uint32(ALL_LANES), cell[0], step, WARP, WARP)
-            words.buffer_store(cell, combine(cell[0], other), [0])
-            step //= 2
+        over_lanes(cell, 0, (16, 8, 4, 2, 1), combine)
+
+
+def over_lanes(values: Any, index: int, distances: Sequence[int], combine: Callable[[Expr, Expr], Expr]) -> None:
+    """Combine what lanes of a warp hold in an element of an array, with one lane after the other that differs in a bit.
+
+    Args:
+        values: in each lane.
+        index: of the element.
+        distances: powers of two; lanes whose numbers differ in these bits only end with the same.
+        combine: two elements to one.
+    """
+    words = import_tvm("tvm.script.ir_builder.tirx")
+    for distance in distances:
+        other = words.tvm_warp_shuffle_xor(words.uint32(_ALL_LANES), values[index], distance, WARP, WARP)
+        words.buffer_store(values, combine(values[index], other), [index])
 
 
 def _split(place: Expr, extents: Sequence[int]) -> tuple[Expr, ...]:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-_LANES = 32
+from tvm_backend.kernels.cuda.threads import WARP
+
 #: Threads of a warp group, which multiplies 64 rows at a time, 64 codes deep.
-GROUP, _GROUP_ROWS, _GROUP_DEPTH = 128, 64, 64
+GROUP, GROUP_ROWS, GROUP_DEPTH = 128, 64, 64
 #: Bytes of shared memory that every GPU gives a block without being asked.
 SHARED_MEMORY = 48 * 1024
 #: Registers that the sums of a thread may take, of 255.
@@ -53,11 +54,11 @@ class Tile:
         if not whole:
             raise ValueError(f"{self} is not made of whole products of 16 rows, 32 columns and 32 codes a warp")
         grouped = (
-            self.row_warps * _LANES % GROUP == 0
+            self.row_warps * WARP % GROUP == 0
             and self.column_warps == 1
-            and self.rows * GROUP == self.row_warps * _LANES * _GROUP_ROWS
+            and self.rows * GROUP == self.row_warps * WARP * GROUP_ROWS
             and self.columns <= 256
-            and self.depth == _GROUP_DEPTH
+            and self.depth == GROUP_DEPTH
             and self.stages >= 3
         )
         if self.groups and not grouped:
@@ -68,7 +69,7 @@ class Tile:
     @property
     def threads(self) -> int:
         """Of a block."""
-        return _LANES * self.row_warps * self.column_warps
+        return WARP * self.row_warps * self.column_warps
 
     @property
     def row_tiles(self) -> int:

@@ -12,20 +12,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tvm_backend.kernels.cuda.instructions import CHUNK
+from tvm_backend.kernels.cuda.instructions import CHUNK, SIGNS
 from tvm_backend.kernels.cuda.tensor_cores import Product
-from tvm_backend.kernels.cuda.tiles import GROUP, Tile
+from tvm_backend.kernels.cuda.threads import WARP
+from tvm_backend.kernels.cuda.tiles import GROUP, GROUP_DEPTH, GROUP_ROWS, Tile
 from tvm_backend.kernels.cuda.weights import STEP
 from tvm_backend.kernels.kernel import Array
 from tvm_backend.kernels.shared.arithmetic import cast, literal
 from tvm_backend.kernels.shared.function import Buffer, Expr, local, script
 
-#: Bytes of a row, and of the eight rows after which the swizzle repeats.
-_WIDTH, _REPEAT = 64, 512
+#: Bytes of the eight rows after which the swizzle repeats.
+_REPEAT = 8 * GROUP_DEPTH
 #: The swizzle over 64 bytes in a descriptor of a matrix.
 _SWIZZLE = 2 << 62
-_ROWS = 64
-_KINDS = {"int8": "s8", "uint8": "u8"}
 # Keeps the compiler from moving registers that a product in flight writes.
 _PIN = """__forceinline__ __device__ void tvm_builtin_ptx_pin_register(uint32_t& word) {
   asm volatile("" : "+r"(word) :: "memory");
@@ -51,17 +50,17 @@ class SwizzledWeights:
     @property
     def size(self) -> int:
         """Bytes of a tile."""
-        return self.tile.columns * _WIDTH
+        return self.tile.columns * GROUP_DEPTH
 
     def pack(self, weights: Array) -> Array:
         """Arrange int8 (columns, depth), padded with zeros to whole tiles, as uint8 (column tiles, steps, bytes)."""
         columns = self.tile.columns
-        padded = np.pad(weights, [(0, -weights.shape[0] % columns), (0, -weights.shape[1] % _WIDTH)])
-        tiles, steps = padded.shape[0] // columns, padded.shape[1] // _WIDTH
+        padded = np.pad(weights, [(0, -weights.shape[0] % columns), (0, -weights.shape[1] % GROUP_DEPTH)])
+        tiles, steps = padded.shape[0] // columns, padded.shape[1] // GROUP_DEPTH
         # A thread's columns are neighbours: rows 8 j + 2 q and the next one hold its columns 2 j and 2 j + 1.
-        split = padded.reshape(tiles, 4, columns // 8, 2, steps, _WIDTH // CHUNK, CHUNK)
-        rows = split.transpose(0, 4, 2, 1, 3, 5, 6).reshape(tiles, steps, columns, _WIDTH // CHUNK, CHUNK)
-        row, chunk = np.indices((columns, _WIDTH // CHUNK))
+        split = padded.reshape(tiles, 4, columns // 8, 2, steps, GROUP_DEPTH // CHUNK, CHUNK)
+        rows = split.transpose(0, 4, 2, 1, 3, 5, 6).reshape(tiles, steps, columns, GROUP_DEPTH // CHUNK, CHUNK)
+        row, chunk = np.indices((columns, GROUP_DEPTH // CHUNK))
         swizzled = np.empty_like(rows)
         swizzled[:, :, row, chunk ^ (row // 2 % 4)] = rows
         return np.ascontiguousarray(swizzled.reshape(tiles, steps, -1).view(np.uint8))
@@ -84,8 +83,8 @@ class GroupProduct(Product):
         """Fetch and multiply, a product behind: what a stage held may go once all warps have waited for its product."""
         del lane
         tirx, tile = script(), self.tile
-        group = warp // (GROUP // 32)
-        left = self._descriptor(codes, group * (_ROWS * _WIDTH))
+        group = warp // (GROUP // WARP)
+        left = self._descriptor(codes, group * (GROUP_ROWS * GROUP_DEPTH))
         right = self._descriptor(weights, 0)
 
         def settle() -> None:
@@ -101,16 +100,16 @@ class GroupProduct(Product):
 
     def _multiply_stage(self, left: Expr, right: Expr, sums: list[Buffer], stage: Expr) -> None:
         tirx, tile = script(), self.tile
-        kind = f"{_KINDS[str(self.left.codes.dtype)]}.s8"
+        kind = f"{SIGNS[str(self.left.codes.dtype)]}.s8"
         name = f"wgmma.mma_async.sync.aligned.m64n{tile.columns}k32.s32.{kind}"
         registers = [fragment[i] for fragment in sums for i in range(4)]
         self._pin(sums)
         tirx.evaluate(tirx.ptx["wgmma.fence.sync.aligned"]())
-        for part in range(_WIDTH // STEP):
+        for part in range(GROUP_DEPTH // STEP):
             # Descriptors count in units of 16 bytes.
             first, second = (
                 place + cast(stage * (size // CHUNK) + part * (STEP // CHUNK), "uint64")
-                for place, size in ((left, tile.rows * _WIDTH), (right, self.packed.size))
+                for place, size in ((left, tile.rows * GROUP_DEPTH), (right, self.packed.size))
             )
             tirx.evaluate(tirx.ptx[name](*registers, first, second, tirx.ptx.pred(literal(1, "uint32"))))
         tirx.evaluate(tirx.ptx["wgmma.commit_group.sync.aligned"]())

@@ -19,13 +19,13 @@ import numpy.typing as npt
 
 from quantizers.integer.bit_packing import narrowest
 from tvm_backend.kernels.cuda.instructions import load_words
+from tvm_backend.kernels.cuda.threads import WARP
 from tvm_backend.kernels.kernel import Array
 from tvm_backend.kernels.shared.arithmetic import literal
 from tvm_backend.kernels.shared.function import Buffer, Expr, script
 
 Bytes = npt.NDArray[np.uint8]
 
-_LANES = 32
 #: Depth of one product of tensor cores.
 STEP = 32
 #: Bits to how far codes are spread to the left of their place.
@@ -73,7 +73,7 @@ class PackedWeights:
     @property
     def size(self) -> int:
         """Bytes of a tile."""
-        return self.depth_step // STEP * self.warps * _LANES * self.words * 4
+        return self.depth_step // STEP * self.warps * WARP * self.words * 4
 
     def pack(self, weights: Array) -> Array:
         """Arrange int8 (columns, depth), padded with zeros to whole tiles, as uint8 (column tiles, steps, bytes)."""
@@ -82,9 +82,9 @@ class PackedWeights:
         tiles, steps = padded.shape[0] // self.columns, padded.shape[1] // STEP
         # Of a lane, the columns of all its tiles are neighbours.
         split = padded.reshape(tiles, self.warps, 4, self.column_tiles, 2, steps, 2, 4, 4)
-        codes = split.transpose(0, 5, 1, 2, 4, 7, 3, 6, 8).reshape(tiles, steps, self.warps, _LANES, -1, 4)
+        codes = split.transpose(0, 5, 1, 2, 4, 7, 3, 6, 8).reshape(tiles, steps, self.warps, WARP, -1, 4)
         stored = _narrowed(codes.view(np.uint8), self.bits)
-        vectors = stored.reshape(tiles, steps, self.warps, _LANES, -1, 4 * self.vector)
+        vectors = stored.reshape(tiles, steps, self.warps, WARP, -1, 4 * self.vector)
         ordered = vectors.transpose(0, 1, 2, 4, 3, 5)
         return np.ascontiguousarray(ordered.reshape(tiles, -1, self.size))
 
@@ -102,10 +102,10 @@ class PackedWeights:
             Two words for each column tile.
         """
         size = 4 * self.vector
-        start = offset + (part * self.warps + warp) * (_LANES * 4 * self.words) + lane * size
+        start = offset + (part * self.warps + warp) * (WARP * 4 * self.words) + lane * size
         found: list[Expr] = []
         for number in range(self.words // self.vector):
-            address = stored.ptr_to([start + number * (_LANES * size)])
+            address = stored.ptr_to([start + number * (WARP * size)])
             found += load_words(address, self.vector, "shared")
         spread = _SPREADERS[self.bits](found)
         return [spread[2 * tile : 2 * tile + 2] for tile in range(self.column_tiles)]
